@@ -1,0 +1,3 @@
+//! The `culvert` program: see [`culvert::cli`].
+
+fn main() {}
