@@ -191,9 +191,7 @@ impl<'a> Parts<'a> {
     fn credential(&self) -> Result<Credential, ConnectionStringError> {
         let x509 = self.x509.is_some_and(|value| value.eq_ignore_ascii_case("true"));
         match (self.key, self.token, x509) {
-            (Some(_), Some(_), _) => {
-                Err(ConnectionStringError::Conflict("SharedAccessKey", "SharedAccessSignature"))
-            }
+            (Some(_), Some(_), _) => Err(ConnectionStringError::Conflict("SharedAccessKey", "SharedAccessSignature")),
             (Some(key), None, false) => Ok(Credential::Key(decode_key(key)?)),
             (None, Some(token), false) => Ok(Credential::Token(Secret::new(token))),
             (None, None, true) => Ok(Credential::X509),

@@ -20,10 +20,7 @@ const NAMES: [(&str, Rights); 4] = [
 /// The policies that every IoT Hub is created with, and their rights. Source: IoT Hub documentation, "Access
 /// control and permissions".
 pub const STANDARD_POLICIES: [(&str, &[Rights]); 5] = [
-    (
-        "iothubowner",
-        &[Rights::REGISTRY_READ, Rights::REGISTRY_WRITE, Rights::SERVICE_CONNECT, Rights::DEVICE_CONNECT],
-    ),
+    ("iothubowner", &[Rights::REGISTRY_READ, Rights::REGISTRY_WRITE, Rights::SERVICE_CONNECT, Rights::DEVICE_CONNECT]),
     ("service", &[Rights::SERVICE_CONNECT]),
     ("device", &[Rights::DEVICE_CONNECT]),
     ("registryRead", &[Rights::REGISTRY_READ]),
@@ -75,8 +72,7 @@ impl FromStr for Rights {
 
 impl fmt::Display for Rights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let held: Vec<&str> =
-            NAMES.iter().filter(|(_, right)| self.include(*right)).map(|(name, _)| *name).collect();
+        let held: Vec<&str> = NAMES.iter().filter(|(_, right)| self.include(*right)).map(|(name, _)| *name).collect();
         f.write_str(if held.is_empty() { "none" } else { "" })?;
         f.write_str(&held.join(", "))
     }
