@@ -1,1 +1,10 @@
-//! (to be written)
+//! Floor 5: the hub. It registers devices, brokers device streams and relays their bytes.
+//!
+//! Owns the public listeners, the registry and the bridges. Does not know what the bytes of a device stream mean.
+//! Invariant: nothing but the two MQTT upgrades is served to a caller who has not been authenticated first.
+
+pub mod control;
+pub mod courier;
+pub mod metrics;
+pub mod mqtt_listener;
+pub mod registry;
