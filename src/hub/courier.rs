@@ -137,7 +137,11 @@ impl Courier {
             if let Some(session) = self.deliver(identity, &invitation, 0) {
                 break session;
             }
-            timeout_at(online_by, expected.subscribed.changed()).await.ok().and_then(Result::ok).ok_or(InviteError::NotOnline)?;
+            timeout_at(online_by, expected.subscribed.changed())
+                .await
+                .ok()
+                .and_then(Result::ok)
+                .ok_or(InviteError::NotOnline)?;
         };
         self.await_answer(&mut expected, &invitation, session, Instant::now() + response).await
     }
