@@ -1,1 +1,19 @@
-//! (to be written)
+//! Floor 2: what a person wants the daemons to do, read from files.
+//!
+//! Owns the three configuration files, their `.d` folders, the secrets they name, and the watch over all of them.
+//! Does not know what runs: comparing wanted with running is the business of whoever runs it. Invariant: a value
+//! of [`HubConfig`], [`DeviceConfig`] or [`ServiceConfig`] that was loaded passed every check, and printing it
+//! shows no secret.
+
+mod device;
+mod hub;
+mod parts;
+mod service;
+
+pub use device::{DeviceConfig, DeviceLimits, TargetRule};
+pub use hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig};
+pub use parts::{
+    Certificate, FileContents, LinkLimits, ListenAddress, LogConfig, LogFormat, MetricsConfig, Proxy, ProxyRule,
+    SecretFile, TargetAddress,
+};
+pub use service::{ConnectMode, ForwardMode, ForwardRule, ServiceConfig, ServiceLimits};
