@@ -11,7 +11,7 @@ use crate::{
     base::{DeviceId, Name, Secret},
 };
 
-/// The hub's metrics port: the first of three that Prometheus' list of allocations left free.
+/// The hub's metrics port: the agreed three are 9464, 9465 and 9466, so that all roles can share a machine.
 const METRICS_PORT: u16 = 9464;
 
 /// Everything in `hub.toml`.
