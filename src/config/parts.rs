@@ -222,7 +222,7 @@ pub enum LogFormat {
 
 /// How long a detached link is kept: long enough for a hub upgrade, a tunnel under a mountain or a change of
 /// networks; short enough that a dead peer's memory comes back.
-pub const DEFAULT_RESUME_FOR: Duration = Duration::from_secs(15 * 60);
+pub(super) const DEFAULT_RESUME_FOR: Duration = Duration::from_secs(15 * 60);
 
 #[cfg(test)]
 mod tests {
