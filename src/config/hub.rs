@@ -230,8 +230,7 @@ mod tests {
         };
         let reaches = |policy: &PolicyRule, id: &str| policy.may_reach(&id.parse().unwrap());
         assert!(reaches(&policy, "anything"));
-        policy.devices =
-            vec![DevicePattern::Exact("pump-17".parse().unwrap()), DevicePattern::Prefix("kiosk-".into())];
+        policy.devices = vec![DevicePattern::Exact("pump-17".parse().unwrap()), DevicePattern::Prefix("kiosk-".into())];
         assert!(reaches(&policy, "pump-17") && reaches(&policy, "kiosk-9"));
         assert!(!reaches(&policy, "pump-171") && !reaches(&policy, "Kiosk-9"));
     }

@@ -5,9 +5,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::parts::{
-    DEFAULT_RESUME_FOR, FileContents, LinkLimits, ListenAddress, LogConfig, MetricsConfig, ProxyRule,
-};
+use super::parts::{DEFAULT_RESUME_FOR, FileContents, LinkLimits, ListenAddress, LogConfig, MetricsConfig, ProxyRule};
 use crate::{
     auth::ConnectionString,
     base::{DeviceId, Identity, ModuleId, Name},
