@@ -7,4 +7,6 @@ pub mod control;
 pub mod courier;
 pub mod metrics;
 pub mod mqtt_listener;
+pub mod record;
 pub mod registry;
+pub mod shared;
