@@ -8,8 +8,10 @@ mod backoff;
 mod id;
 mod secret;
 mod units;
+mod utc;
 
 pub use backoff::Backoff;
 pub use id::{DeviceId, IdError, Identity, ModuleId, Name, StreamName};
 pub use secret::Secret;
 pub use units::{ByteSize, Span, UnitError};
+pub use utc::Utc;
