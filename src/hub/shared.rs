@@ -1,10 +1,10 @@
 //! What every connection of the hub shares.
 //!
-//! Owns the handles to the registry, the courier, the metrics and the settings in force, and the one place that
+//! Owns the handles to the registry, the courier, the metrics and the configuration in force, and the one place that
 //! judges whether an admission still holds. Does not know any protocol.
 //! Invariant: an admission that no longer holds is noticed by whoever awaits [`HubShared::revoked`].
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use super::{courier::Courier, metrics::HubMetrics, record::Admission, registry::Registry};
 use crate::{
     auth::Rights,
-    base::{Identity, Name, Secret},
+    base::{DeviceId, Identity, Name, Secret},
+    config::HubConfig,
 };
 
 /// Shared by reference (`Arc`) by all tasks of the hub.
@@ -26,42 +27,24 @@ pub struct HubShared {
     pub metrics: HubMetrics,
     /// Cancelled when the hub ends.
     pub shutdown: CancellationToken,
-    settings: watch::Sender<Arc<Settings>>,
-}
-
-/// What of the configuration can change while the hub runs.
-#[derive(Debug, Clone, Default)]
-pub struct Settings {
-    /// The name in SAS resources.
-    pub hostname: String,
-    /// The shared access policies.
-    pub policies: HashMap<Name, Policy>,
-}
-
-/// A shared access policy.
-#[derive(Debug, Clone)]
-pub struct Policy {
-    /// What it may do.
-    pub rights: Rights,
-    /// Its keys, decoded.
-    pub keys: Vec<Secret>,
+    config: watch::Sender<Arc<HubConfig>>,
 }
 
 impl HubShared {
     /// Ties the parts together.
-    pub fn new(registry: Registry, metrics: HubMetrics, settings: Settings, shutdown: CancellationToken) -> Self {
-        let settings = watch::Sender::new(Arc::new(settings));
-        Self { registry, courier: Courier::default(), metrics, shutdown, settings }
+    pub fn new(config: HubConfig, registry: Registry, metrics: HubMetrics, shutdown: CancellationToken) -> Self {
+        let config = watch::Sender::new(Arc::new(config));
+        Self { registry, courier: Courier::default(), metrics, shutdown, config }
     }
 
-    /// The settings in force.
-    pub fn settings(&self) -> Arc<Settings> {
-        self.settings.borrow().clone()
+    /// The configuration in force. Take it once per request or session, not once per byte.
+    pub fn config(&self) -> Arc<HubConfig> {
+        self.config.borrow().clone()
     }
 
-    /// Puts other settings in force. Whatever they no longer admit ends.
-    pub fn change_settings(&self, settings: Settings) {
-        self.settings.send_replace(Arc::new(settings));
+    /// Puts another configuration in force. Whatever it no longer admits ends.
+    pub fn reconfigure(&self, config: HubConfig) {
+        self.config.send_replace(Arc::new(config));
     }
 
     /// True while `identity` is registered and enabled, and `admission` would be accepted again.
@@ -73,25 +56,26 @@ impl HubShared {
             return false;
         }
         match admission {
-            Admission::Policy(name, key) => self.admits_policy(name, key, Rights::DEVICE_CONNECT),
+            Admission::Policy(name, key) => self.admits_policy(name, key, Rights::DEVICE_CONNECT, &identity.device),
             own => record.authentication.accepts(own),
         }
     }
 
-    /// True while the policy exists, has the right, and has this key.
-    pub fn admits_policy(&self, name: &Name, key: &Secret, right: Rights) -> bool {
-        let settings = self.settings();
-        settings.policies.get(name).is_some_and(|p| p.rights.include(right) && p.keys.contains(key))
+    /// True while the policy exists, has the right and this key, and reaches the device.
+    pub fn admits_policy(&self, name: &Name, key: &Secret, right: Rights, device: &DeviceId) -> bool {
+        let config = self.config();
+        let Some(policy) = config.policy(name) else { return false };
+        policy.rights.include(right) && policy.may_reach(device) && policy.keys().any(|held| held == key)
     }
 
     /// Resolves when `admission` no longer admits `identity`.
     pub async fn revoked(&self, identity: &Identity, admission: &Admission) {
-        let (mut registry, mut settings) = (self.registry.changes(), self.settings.subscribe());
+        let (mut registry, mut config) = (self.registry.changes(), self.config.subscribe());
         while self.admits_device(identity, admission) {
             // Neither sender can be dropped while `self` is borrowed.
             tokio::select! {
                 _ = registry.changed() => {}
-                _ = settings.changed() => {}
+                _ = config.changed() => {}
             }
         }
     }
