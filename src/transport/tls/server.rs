@@ -1,0 +1,177 @@
+//! The server's side of TLS: its certificate, which can be exchanged while it runs, and certificates of clients.
+//!
+//! Owns the live certificate and the check of client certificates. Does not know which device a client certificate
+//! stands for: the caller asks the registry. Invariant: a certificate that does not fit its key is never installed.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, RwLock},
+};
+
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
+    server::{
+        ClientHello, ResolvesServerCert, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio_rustls::TlsAcceptor;
+
+use super::{ALPN_HTTP1, TlsError, add_all, provider, read_certificates, read_key};
+
+/// What a listener says about the protocol inside TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alpn {
+    /// HTTP/1.1 (a client that names no protocol is served too).
+    Http,
+    /// Nothing: MQTT clients name no protocol, or one that nobody standardised.
+    Unspoken,
+}
+
+/// A server certificate from files, exchangeable while connections run. Clones share it.
+#[derive(Clone, Debug)]
+pub struct ServerTls {
+    certificate_file: PathBuf,
+    private_key_file: PathBuf,
+    live: Arc<LiveCertificate>,
+}
+
+impl ServerTls {
+    /// Reads a certificate chain (leaf first) and its key from PEM files.
+    pub fn load(certificate_file: PathBuf, private_key_file: PathBuf) -> Result<Self, TlsError> {
+        let key = read_certified_key(&certificate_file, &private_key_file)?;
+        let live = Arc::new(LiveCertificate(RwLock::new(Arc::new(key))));
+        Ok(Self { certificate_file, private_key_file, live })
+    }
+
+    /// Reads the files again. New connections get the new certificate; on an error nothing changes.
+    /// True if the certificate is another one than before.
+    pub fn reload(&self) -> Result<bool, TlsError> {
+        let key = Arc::new(read_certified_key(&self.certificate_file, &self.private_key_file)?);
+        let mut live = self.live.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let changed = live.cert != key.cert;
+        *live = key;
+        Ok(changed)
+    }
+
+    /// The live certificate's leaf.
+    pub fn leaf(&self) -> CertificateDer<'static> {
+        let live = self.live.current();
+        // `read_certified_key` refuses an empty chain.
+        live.cert.first().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()))
+    }
+
+    /// An acceptor that asks clients for a certificate, takes any, and none. The handshake proves that the client
+    /// holds the certificate's key; whom it stands for is the caller's question
+    /// (`tokio_rustls::server::TlsStream::get_ref().1.peer_certificates()`).
+    pub fn acceptor(&self, alpn: Alpn) -> Result<TlsAcceptor, TlsError> {
+        let provider = provider();
+        let any = Arc::new(AnyClient(provider.signature_verification_algorithms));
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(TlsError::Setup)?
+            .with_client_cert_verifier(any)
+            .with_cert_resolver(self.live.clone());
+        if alpn == Alpn::Http {
+            config.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+        }
+        Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
+
+fn read_certified_key(certificate_file: &PathBuf, private_key_file: &PathBuf) -> Result<CertifiedKey, TlsError> {
+    let chain = read_certificates(certificate_file)?;
+    let key = read_key(private_key_file)?;
+    CertifiedKey::from_der(chain, key, &provider()).map_err(|source| TlsError::Content {
+        path: private_key_file.clone(),
+        problem: format!("does not fit {}: {source}", certificate_file.display()),
+    })
+}
+
+/// The certificate that new connections get.
+#[derive(Debug)]
+struct LiveCertificate(RwLock<Arc<CertifiedKey>>);
+
+impl LiveCertificate {
+    fn current(&self) -> Arc<CertifiedKey> {
+        self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+}
+
+impl ResolvesServerCert for LiveCertificate {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current())
+    }
+}
+
+/// Takes every client certificate whose key the client holds, and clients without one. Thumbprints of self-signed
+/// certificates and authorities both are the registry's business, after the handshake.
+#[derive(Debug)]
+struct AnyClient(WebPkiSupportedAlgorithms);
+
+impl ClientCertVerifier for AnyClient {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_schemes()
+    }
+}
+
+/// The authorities whose client certificates are accepted for devices registered as CA-signed.
+#[derive(Clone, Debug)]
+pub struct ClientAuthorities(Arc<dyn ClientCertVerifier>);
+
+impl ClientAuthorities {
+    /// Reads the authorities from a PEM file.
+    pub fn load(ca_file: PathBuf) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        add_all(&mut roots, read_certificates(&ca_file)?, ca_file)?;
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map(Self)
+            .map_err(|_| TlsError::NoRoots)
+    }
+
+    /// True if the chain (leaf first, as the handshake yielded it) leads to one of the authorities and is valid now.
+    pub fn vouch_for(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let Some((leaf, intermediates)) = chain.split_first() else { return false };
+        self.0.verify_client_cert(leaf, intermediates, UnixTime::now()).is_ok()
+    }
+}
