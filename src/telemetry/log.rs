@@ -1,0 +1,213 @@
+//! Logs: text on a terminal, JSON or the journal otherwise.
+//!
+//! Owns the process-wide subscriber, its level, and the escaping of control characters. Does not know what is
+//! logged. Invariant: one event is one line, whatever its fields contain.
+
+use std::{
+    fmt::{self, Write as _},
+    io::{self, IsTerminal as _},
+    os::unix::fs::MetadataExt as _,
+};
+
+use tracing::{Level, field::Field};
+use tracing_subscriber::{
+    Layer, Registry,
+    field::MakeExt as _,
+    filter::Targets,
+    fmt::format::{Writer, debug_fn},
+    layer::SubscriberExt as _,
+    reload,
+    util::SubscriberInitExt as _,
+};
+
+/// Fields appear in the journal under this prefix: `journalctl CULVERT_DEVICE=pump-17`.
+const JOURNAL_PREFIX: &str = "CULVERT";
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogFormat {
+    /// Text on a terminal, the journal under systemd, JSON otherwise.
+    #[default]
+    Auto,
+    /// One readable line per event.
+    Text,
+    /// One JSON object per event.
+    Json,
+    /// The journal's native protocol, with fields.
+    Journald,
+}
+
+/// What is logged and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogOptions {
+    /// `error`, `warn`, `info`, `debug` or `trace`; or a list such as `info,culvert::transport=debug`.
+    pub level: String,
+    /// The format of lines.
+    pub format: LogFormat,
+}
+
+impl Default for LogOptions {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Auto }
+    }
+}
+
+/// Why logging could not start or change.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The level is not one.
+    #[error("log level {0:?} is not error, warn, info, debug, trace or a list such as \"info,culvert::hub=debug\"")]
+    Level(String),
+    /// The journal's socket cannot be used.
+    #[error("the journal cannot be reached")]
+    Journal(#[source] io::Error),
+    /// Logging was started before in this process.
+    #[error("logging is already running")]
+    Running,
+}
+
+/// The running log: its level can change while the daemon runs.
+#[derive(Clone)]
+pub struct LogHandle {
+    filter: reload::Handle<Targets, Registry>,
+}
+
+impl LogHandle {
+    /// Logs at this level (or by this list) from now on.
+    pub fn set_level(&self, level: &str) -> Result<(), LogError> {
+        let targets = parse_level(level)?;
+        self.filter.reload(targets).map_err(|_| LogError::Running)
+    }
+}
+
+/// Starts logging to standard error (or the journal). Once per process.
+pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
+    let (filter, handle) = reload::Layer::new(parse_level(&options.level)?);
+    let output = output_layer(resolve(options.format))?;
+    tracing_subscriber::registry().with(filter).with(output).try_init().map_err(|_| LogError::Running)?;
+    Ok(LogHandle { filter: handle })
+}
+
+/// A bare level is for culvert's own events; libraries then speak up only to warn.
+fn parse_level(text: &str) -> Result<Targets, LogError> {
+    let error = || LogError::Level(text.into());
+    if let Ok(level) = text.parse::<Level>() {
+        return Ok(Targets::new().with_default(Level::WARN).with_target("culvert", level));
+    }
+    text.parse().map_err(|_| error())
+}
+
+type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Targets, Registry>, Registry>;
+type Output = Box<dyn Layer<Filtered> + Send + Sync>;
+
+fn output_layer(format: LogFormat) -> Result<Output, LogError> {
+    let base = tracing_subscriber::fmt::layer().with_writer(io::stderr).log_internal_errors(false);
+    Ok(match format {
+        LogFormat::Json => Box::new(base.json().with_current_span(false)),
+        LogFormat::Journald => {
+            let journal = tracing_journald::layer().map_err(LogError::Journal)?;
+            Box::new(journal.with_field_prefix(Some(JOURNAL_PREFIX.into())))
+        }
+        LogFormat::Auto | LogFormat::Text => {
+            Box::new(base.with_ansi(io::stderr().is_terminal()).fmt_fields(debug_fn(write_field).delimited(" ")))
+        }
+    })
+}
+
+fn resolve(format: LogFormat) -> LogFormat {
+    match format {
+        LogFormat::Auto if io::stderr().is_terminal() => LogFormat::Text,
+        LogFormat::Auto if stderr_is_the_journal() => LogFormat::Journald,
+        LogFormat::Auto => LogFormat::Json,
+        chosen => chosen,
+    }
+}
+
+/// systemd names the journal's device and inode in `$JOURNAL_STREAM`; a redirected stderr does not match.
+fn stderr_is_the_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    std::fs::metadata("/proc/self/fd/2").is_ok_and(|file| stream == format!("{}:{}", file.dev(), file.ino()))
+}
+
+/// Text fields: `message` bare, others as `name=value`, control characters escaped in all of them.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    if field.name() != "message" {
+        write!(writer, "{}=", field.name())?;
+    }
+    write!(Escaping(writer), "{value:?}")
+}
+
+/// Passes text on with every control character as its Rust escape, so that no field can forge a line or
+/// drive a terminal.
+struct Escaping<'a, 'w>(&'a mut Writer<'w>);
+
+impl fmt::Write for Escaping<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for piece in text.split_inclusive(is_unsafe) {
+            match piece.chars().next_back().filter(|last| is_unsafe(*last)) {
+                None => self.0.write_str(piece)?,
+                Some(last) => {
+                    self.0.write_str(&piece[..piece.len() - last.len_utf8()])?;
+                    write!(self.0, "{}", last.escape_default())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Controls, and the characters that reorder or break a line on a terminal.
+fn is_unsafe(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_field_breaks_a_line_or_drives_a_terminal() {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let layer = tracing_subscriber::fmt::layer()
+            .with_writer(move || writer.clone())
+            .with_ansi(false)
+            .fmt_fields(debug_fn(write_field).delimited(" "));
+        let subscriber = tracing_subscriber::registry().with(layer);
+        tracing::subscriber::with_default(subscriber, || {
+            let evil = "a\r\nFORGED\u{1b}[2J\u{202e}";
+            let span = tracing::info_span!("flow", peer = %evil);
+            let _inside = span.enter();
+            tracing::info!(reason = %evil, quoted = evil, "closed {evil}");
+        });
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 1, "{text:?}");
+        assert!(!text.trim_end().contains(is_unsafe), "{text:?}");
+        assert!(text.contains(r"closed a\r\nFORGED\u{1b}[2J"), "{text:?}");
+    }
+
+    #[test]
+    fn a_bare_level_is_for_culvert_only() {
+        let targets = parse_level("debug").unwrap();
+        assert!(targets.would_enable("culvert::hub", &Level::DEBUG));
+        assert!(!targets.would_enable("hyper", &Level::INFO));
+        assert!(targets.would_enable("hyper", &Level::WARN));
+        let list = parse_level("info,culvert::hub=trace").unwrap();
+        assert!(list.would_enable("culvert::hub", &Level::TRACE) && !list.would_enable("culvert", &Level::DEBUG));
+        assert!(parse_level("culvert=loud").is_err());
+    }
+}
