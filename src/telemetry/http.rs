@@ -189,7 +189,9 @@ fn query_value<'a>(query: Option<&'a str>, key: &str) -> Option<&'a str> {
 /// `host:port` → `host`, `[::1]:9464` → `[::1]`, `::1` stays.
 fn strip_port(host: &str) -> &str {
     match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && (!name.contains(':') || name.ends_with(']')) => {
+        Some((name, port))
+            if port.bytes().all(|b| b.is_ascii_digit()) && (!name.contains(':') || name.ends_with(']')) =>
+        {
             name
         }
         _ => host,
