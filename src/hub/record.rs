@@ -74,6 +74,11 @@ impl Thumbprint {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The thumbprint that a certificate's digest makes.
+    pub fn from_digest(digest: &[u8]) -> Self {
+        Self(digest.iter().map(|byte| format!("{byte:02X}")).collect::<String>().into())
+    }
 }
 
 impl FromStr for Thumbprint {

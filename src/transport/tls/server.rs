@@ -21,7 +21,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio_rustls::TlsAcceptor;
 
-use super::{ALPN_HTTP1, TlsError, add_all, provider, read_certificates, read_key};
+use super::{ALPN_HTTP1, TlsError, add_all, parse_certificates, provider, read_certificates, read_key};
 
 /// What a listener says about the protocol inside TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,8 +161,17 @@ pub struct ClientAuthorities(Arc<dyn ClientCertVerifier>);
 impl ClientAuthorities {
     /// Reads the authorities from a PEM file.
     pub fn load(ca_file: PathBuf) -> Result<Self, TlsError> {
+        Self::new(read_certificates(&ca_file)?, ca_file)
+    }
+
+    /// The authorities in PEM text; `path` says in messages where it came from.
+    pub fn from_pem(text: &[u8], path: &PathBuf) -> Result<Self, TlsError> {
+        Self::new(parse_certificates(text, path)?, path.clone())
+    }
+
+    fn new(certificates: Vec<CertificateDer<'static>>, path: PathBuf) -> Result<Self, TlsError> {
         let mut roots = RootCertStore::empty();
-        add_all(&mut roots, read_certificates(&ca_file)?, ca_file)?;
+        add_all(&mut roots, certificates, path)?;
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
             .build()
             .map(Self)
