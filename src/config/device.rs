@@ -41,6 +41,11 @@ pub struct DeviceConfig {
 }
 
 impl DeviceConfig {
+    /// The metrics listener when nothing is said about it.
+    pub fn default_metrics() -> MetricsConfig {
+        MetricsConfig::on_loopback(METRICS_PORT)
+    }
+
     /// A device with nothing but defaults: it exposes nothing.
     pub fn new(connection_string: ConnectionString, state_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -53,7 +58,7 @@ impl DeviceConfig {
             resume_for: DEFAULT_RESUME_FOR,
             targets: Vec::new(),
             limits: DeviceLimits::default(),
-            metrics: MetricsConfig::on_loopback(METRICS_PORT),
+            metrics: Self::default_metrics(),
             log: LogConfig::default(),
         }
     }

@@ -48,6 +48,11 @@ pub struct HubConfig {
 }
 
 impl HubConfig {
+    /// The metrics listener when nothing is said about it.
+    pub fn default_metrics() -> MetricsConfig {
+        MetricsConfig::on_loopback(METRICS_PORT)
+    }
+
     /// A hub with nothing but defaults, on the standard ports.
     pub fn new(hostname: impl Into<String>, tls: Certificate, state_dir: impl Into<PathBuf>) -> Self {
         let state_dir = state_dir.into();
@@ -62,7 +67,7 @@ impl HubConfig {
             allowed_origins: Vec::new(),
             policies: Vec::new(),
             limits: HubLimits::default(),
-            metrics: MetricsConfig::on_loopback(METRICS_PORT),
+            metrics: Self::default_metrics(),
             log: LogConfig::default(),
             resource_log: ResourceLogConfig::in_folder(&state_dir),
             state_dir,

@@ -6,14 +6,23 @@
 //! shows no secret.
 
 mod device;
+mod environment;
+mod files;
 mod hub;
+mod load;
 mod parts;
+mod problem;
+mod read;
+mod section;
 mod service;
 
 pub use device::{DeviceConfig, DeviceLimits, TargetRule};
+pub use environment::{Environment, UserPlaces};
 pub use hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig};
+pub use load::{Load, Loaded, load_device, load_hub, load_service};
 pub use parts::{
-    Certificate, FileContents, LinkLimits, ListenAddress, LogConfig, LogFormat, MetricsConfig, Proxy, ProxyRule,
-    SecretFile, TargetAddress,
+    AddressError, Certificate, FileContents, LinkLimits, ListenAddress, LogConfig, LogFormat, MetricsConfig, Proxy,
+    ProxyRule, SecretFile, TargetAddress,
 };
+pub use problem::{LoadError, Problem};
 pub use service::{ConnectMode, ForwardMode, ForwardRule, ServiceConfig, ServiceLimits};

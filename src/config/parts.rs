@@ -175,6 +175,22 @@ impl Default for LinkLimits {
     }
 }
 
+/// Below this much memory a machine is small (issue 4: routers, gateways, containers).
+const SMALL_MACHINE: u64 = 256 << 20;
+
+impl LinkLimits {
+    /// The defaults on a machine, or within a memory limit, of that size: on small ones a link keeps 4 MiB and
+    /// all together four times as much.
+    pub fn for_memory(bytes: Option<u64>) -> Self {
+        match bytes {
+            Some(bytes) if bytes < SMALL_MACHINE => {
+                Self { max_replay: 4 << 20, max_replay_total: 16 << 20, ..Self::default() }
+            }
+            _ => Self::default(),
+        }
+    }
+}
+
 /// `[metrics]`: where `/metrics`, `/healthz` and `/readyz` are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetricsConfig {

@@ -40,6 +40,11 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
+    /// The metrics listener when nothing is said about it.
+    pub fn default_metrics() -> MetricsConfig {
+        MetricsConfig::on_loopback(METRICS_PORT)
+    }
+
     /// A service with nothing but defaults: it forwards nothing.
     pub fn new(connection_string: ConnectionString, state_dir: impl Into<PathBuf>) -> Self {
         Self {
@@ -51,7 +56,7 @@ impl ServiceConfig {
             resume_for: DEFAULT_RESUME_FOR,
             forwards: Vec::new(),
             limits: ServiceLimits::default(),
-            metrics: MetricsConfig::on_loopback(METRICS_PORT),
+            metrics: Self::default_metrics(),
             log: LogConfig::default(),
         }
     }
