@@ -86,3 +86,6 @@ fn load<T>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@
 //! of [`HubConfig`], [`DeviceConfig`] or [`ServiceConfig`] that was loaded passed every check, and printing it
 //! shows no secret.
 
+mod change;
 mod device;
 mod environment;
 mod files;
@@ -13,9 +14,14 @@ mod load;
 mod parts;
 mod problem;
 mod read;
+#[cfg(test)]
+mod scratch;
 mod section;
 mod service;
+#[cfg(test)]
+mod shipped;
 
+pub use change::{Change, ChangeClass, ChangeKind, Changes};
 pub use device::{DeviceConfig, DeviceLimits, TargetRule};
 pub use environment::{Environment, UserPlaces};
 pub use hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig};

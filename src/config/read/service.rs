@@ -159,8 +159,6 @@ impl std::str::FromStr for ConnectMode {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     #[test]
     fn listeners_clash_on_a_port_that_one_of_them_takes_everywhere() {
         let clash = |a: &str, b: &str| super::clash(&a.parse().unwrap(), &b.parse().unwrap());
