@@ -1,1 +1,124 @@
-//! (to be written)
+//! Plain sockets: TCP and Unix, connected and accepted.
+//!
+//! Owns addresses, name resolution, the race of addresses, socket options and listeners. Does not know TLS, proxies
+//! or who is allowed what. Invariant: names are resolved anew at every connect, and the address that a filter saw is
+//! the address that is connected to.
+
+mod connect;
+mod listener;
+mod socket;
+
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+
+pub use connect::{ConnectError, connect, connect_tcp};
+pub use listener::{BindError, Listener, Peer};
+pub use socket::Socket;
+
+/// Unsent bytes that the kernel holds per carrier: what lies there can no longer be scheduled. Measured: 64 to 128 KiB
+/// keep full rate at 50 ms.
+const NOTSENT_LOWAT: u32 = 128 * 1024;
+/// Unacknowledged data for this long ends a carrier; the same as the ping's verdict.
+const USER_TIMEOUT: Duration = Duration::from_secs(37);
+/// Carriers are pinged above TCP; this is for the time when nobody reads them.
+const CARRIER_KEEPALIVE: Duration = Duration::from_secs(30);
+/// Between application and daemon: a host that vanished is noticed within two minutes.
+const FLOW_KEEPALIVE: Duration = Duration::from_secs(60);
+/// Between keepalive probes.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Unanswered keepalive probes before the end.
+const KEEPALIVE_RETRIES: u32 = 4;
+
+/// Where to connect to or to listen: `host:port`, `[v6]:port` or `unix:/path`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    /// A host name or address, without brackets, and a port.
+    Tcp {
+        /// Host name or address.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+/// Why a text is not an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not an address; write \"host:port\", \"[::1]:port\" or \"unix:/path\"")]
+pub struct EndpointError(String);
+
+impl FromStr for Endpoint {
+    type Err = EndpointError;
+
+    fn from_str(text: &str) -> Result<Self, EndpointError> {
+        let error = || EndpointError(text.to_owned());
+        if let Some(path) = text.strip_prefix("unix:") {
+            let is_path = path.starts_with('/') && !path.contains('\0');
+            return if is_path { Ok(Self::Unix(path.into())) } else { Err(error()) };
+        }
+        let (host, port) = text.rsplit_once(':').ok_or_else(error)?;
+        let unbracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        if unbracketed.is_none() && host.contains([':', '[', ']']) {
+            return Err(error());
+        }
+        let host = unbracketed.unwrap_or(host);
+        let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
+        if host.is_empty() || !is_port || host.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/') {
+            return Err(error());
+        }
+        Ok(Self::Tcp { host: host.to_owned(), port: port.parse().map_err(|_| error())? })
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Sets the options of a carrier's socket. A kernel that refuses one of them costs comfort, not correctness.
+pub fn tune_carrier(socket: &TcpStream) {
+    let options = SockRef::from(socket);
+    let _ = options.set_tcp_nodelay(true);
+    let _ = options.set_tcp_keepalive(&keepalive(CARRIER_KEEPALIVE));
+    #[cfg(target_os = "linux")]
+    {
+        let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
+        let _ = options.set_tcp_notsent_lowat(NOTSENT_LOWAT);
+    }
+}
+
+/// Sets the options of a socket between an application and a daemon.
+pub fn tune_flow(socket: &TcpStream) {
+    let options = SockRef::from(socket);
+    let _ = options.set_tcp_nodelay(true);
+    let _ = options.set_tcp_keepalive(&keepalive(FLOW_KEEPALIVE));
+}
+
+fn keepalive(idle: Duration) -> TcpKeepalive {
+    TcpKeepalive::new().with_time(idle).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_survive_a_round_trip() {
+        for text in ["127.0.0.1:22", "[::1]:2222", "db.local:5432", "unix:/run/x.sock", "localhost:0"] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
+        }
+        let long =
+            ["", "x", ":22", "host", "host:", "host:x", "host:65536", "::1:22", "[::1:22", "h:+1", "unix:x", "a b:1"];
+        for bad in long {
+            assert!(bad.parse::<Endpoint>().is_err(), "{bad}");
+        }
+    }
+}

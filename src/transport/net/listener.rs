@@ -1,0 +1,221 @@
+//! Listening sockets, TCP and Unix.
+//!
+//! Owns binding, stale Unix sockets, and accepting under shortage of file descriptors. Does not know what is done with
+//! a connection. Invariant: `accept` never spins and never gives up.
+
+use std::{
+    fmt, fs, io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Type};
+use tokio::net::{TcpListener, UnixListener};
+
+use super::{Endpoint, Socket, tune_flow};
+
+/// Connections that wait to be accepted: bursts of hundreds are normal for HTTP forwards.
+const BACKLOG: i32 = 1024;
+/// The pause after a failed accept doubles from here...
+const MIN_PAUSE: Duration = Duration::from_millis(10);
+/// ...to here: a freed descriptor is used within a second.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// Why a listener could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address is in use.
+    #[error("cannot listen on {0}: another program already does (see: ss -ltnpx)")]
+    InUse(Endpoint),
+    /// The address is not this machine's.
+    #[error("cannot listen on {0}: this machine has no such address")]
+    NotLocal(Endpoint),
+    /// Ports below 1024, or a folder we may not write to.
+    #[error("cannot listen on {0}: permission denied (ports below 1024 need CAP_NET_BIND_SERVICE)")]
+    Denied(Endpoint),
+    /// Something that is not a socket has the path.
+    #[error("cannot listen on {0}: there is a file of that name that is not a socket")]
+    NotSocket(Endpoint),
+    /// The host name of the address could not be resolved.
+    #[error("cannot listen on {0}: the name has no address")]
+    Unresolved(Endpoint),
+    /// Anything else.
+    #[error("cannot listen on {endpoint}")]
+    Other {
+        /// The address.
+        endpoint: Endpoint,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BindError {
+    fn new(endpoint: &Endpoint, source: io::Error) -> Self {
+        let endpoint = endpoint.clone();
+        match source.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse(endpoint),
+            io::ErrorKind::AddrNotAvailable => Self::NotLocal(endpoint),
+            io::ErrorKind::PermissionDenied => Self::Denied(endpoint),
+            _ => Self::Other { endpoint, source },
+        }
+    }
+}
+
+/// Who connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A process on this machine.
+    Unix,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// A listening socket. A Unix socket's file is removed on drop.
+#[derive(Debug)]
+pub struct Listener {
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpListener),
+    Unix { listener: UnixListener, path: PathBuf, inode: u64 },
+}
+
+impl Listener {
+    /// Opens a listener. `unix_mode` is the permission of a Unix socket's file, for example 0o600.
+    pub async fn bind(endpoint: &Endpoint, unix_mode: u32) -> Result<Self, BindError> {
+        let kind = match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let mut found = tokio::net::lookup_host((host.as_str(), *port))
+                    .await
+                    .map_err(|_| BindError::Unresolved(endpoint.clone()))?;
+                let address = found.next().ok_or_else(|| BindError::Unresolved(endpoint.clone()))?;
+                Kind::Tcp(bind_tcp(address).map_err(|source| BindError::new(endpoint, source))?)
+            }
+            Endpoint::Unix(path) => bind_unix(path, unix_mode, endpoint)?,
+        };
+        Ok(Self { kind })
+    }
+
+    /// Where it listens, with the port that the kernel chose.
+    pub fn endpoint(&self) -> io::Result<Endpoint> {
+        match &self.kind {
+            Kind::Tcp(listener) => {
+                let address = listener.local_addr()?;
+                Ok(Endpoint::Tcp { host: address.ip().to_string(), port: address.port() })
+            }
+            Kind::Unix { path, .. } => Ok(Endpoint::Unix(path.clone())),
+        }
+    }
+
+    /// Waits for the next connection. Failures are the kernel's (no descriptors, no memory) or the client's (it left):
+    /// the former pause accepting with growing delays, the latter do not matter.
+    pub async fn accept(&self) -> (Socket, Peer) {
+        let mut pause = MIN_PAUSE;
+        loop {
+            match self.try_accept().await {
+                Ok(accepted) => return accepted,
+                Err(error) if is_clients_fault(&error) => {}
+                Err(error) => {
+                    tracing::warn!(%error, pause_ms = pause.as_millis(), "cannot accept a connection; waiting");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(MAX_PAUSE);
+                }
+            }
+        }
+    }
+
+    async fn try_accept(&self) -> io::Result<(Socket, Peer)> {
+        match &self.kind {
+            Kind::Tcp(listener) => {
+                let (socket, peer) = listener.accept().await?;
+                tune_flow(&socket);
+                Ok((Socket::Tcp(socket), Peer::Tcp(peer)))
+            }
+            Kind::Unix { listener, .. } => {
+                let (socket, _) = listener.accept().await?;
+                Ok((Socket::Unix(socket), Peer::Unix))
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Kind::Unix { path, inode, .. } = &self.kind
+            && inode_of(path).is_some_and(|current| current == *inode)
+        {
+            // Left behind, it would be recognised as stale at the next start.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn is_clients_fault(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+/// An IPv6 address means IPv6 only, so that `0.0.0.0` and `[::]` can stand side by side.
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Binds under a passing name, sets the mode, then renames: nobody can connect before the mode is right, and no
+/// moment has neither the old nor the new socket.
+fn bind_unix(path: &Path, mode: u32, endpoint: &Endpoint) -> Result<Kind, BindError> {
+    refuse_living(path, endpoint)?;
+    let failed = |source| BindError::new(endpoint, source);
+    let passing = path.with_extension(format!("{}.new", std::process::id()));
+    let _ = fs::remove_file(&passing);
+    let listener = UnixListener::bind(&passing).map_err(failed)?;
+    let install = || {
+        fs::set_permissions(&passing, fs::Permissions::from_mode(mode))?;
+        fs::rename(&passing, path)
+    };
+    if let Err(source) = install() {
+        let _ = fs::remove_file(&passing);
+        return Err(failed(source));
+    }
+    Ok(Kind::Unix { listener, path: path.to_owned(), inode: inode_of(path).unwrap_or_default() })
+}
+
+/// A socket file is replaced only if nobody answers behind it.
+fn refuse_living(path: &Path, endpoint: &Endpoint) -> Result<(), BindError> {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(BindError::NotSocket(endpoint.clone()));
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => Ok(()),
+        Err(source) => Err(BindError::new(endpoint, source)),
+        Ok(_) => Err(BindError::InUse(endpoint.clone())),
+    }
+}
+
+fn inode_of(path: &Path) -> Option<u64> {
+    fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
+}
