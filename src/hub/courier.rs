@@ -18,6 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::record::Admission;
 use crate::base::{Identity, Name, Secret, StreamName};
 
 /// Invitations that may wait in one session's inbox. A device that does not read its control connection stops
@@ -48,6 +49,15 @@ pub struct Answer {
     pub reason: Option<String>,
 }
 
+/// An answer, and what had admitted the session that gave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// What the device said.
+    pub answer: Answer,
+    /// What the device's leg stands on: when it no longer holds, the bridge ends.
+    pub admission: Admission,
+}
+
 /// Why an invitation has no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InviteError {
@@ -76,7 +86,7 @@ pub struct Courier {
 #[derive(Debug, Default)]
 struct Slot {
     session: Option<Session>,
-    pending: HashMap<String, oneshot::Sender<Answer>>,
+    pending: HashMap<String, oneshot::Sender<Answered>>,
     /// Counts subscriptions, so that an inviter sees a newer session even if it missed the moment.
     subscribed: watch::Sender<u64>,
     next_session: u64,
@@ -96,6 +106,7 @@ struct Session {
 pub struct Attachment {
     courier: Courier,
     identity: Identity,
+    admission: Admission,
     number: u64,
     taken_over: CancellationToken,
 }
@@ -104,7 +115,13 @@ pub struct Attachment {
 
 impl Courier {
     /// Attaches a control session. An older session of the same identity is told at once that it was taken over.
-    pub fn attach(&self, identity: &Identity, peer: SocketAddr, inbox: mpsc::Sender<ToDevice>) -> Attachment {
+    pub fn attach(
+        &self,
+        identity: &Identity,
+        admission: &Admission,
+        peer: SocketAddr,
+        inbox: mpsc::Sender<ToDevice>,
+    ) -> Attachment {
         let mut slots = self.lock();
         let slot = slots.entry(identity.clone()).or_default();
         slot.next_session += 1;
@@ -118,7 +135,8 @@ impl Courier {
                     "control session taken over from another address: do two machines share one identity?");
             }
         }
-        Attachment { courier: self.clone(), identity: identity.clone(), number, taken_over }
+        let (identity, admission) = (identity.clone(), admission.clone());
+        Attachment { courier: self.clone(), identity, admission, number, taken_over }
     }
 
     /// Hands an invitation to the device and waits for its answer: up to `connect` for the device to be attached
@@ -130,7 +148,7 @@ impl Courier {
         invitation: Invitation,
         connect: Duration,
         response: Duration,
-    ) -> Result<Answer, InviteError> {
+    ) -> Result<Answered, InviteError> {
         let mut expected = Expected::register(self, identity, &invitation.rid);
         let online_by = Instant::now() + connect;
         let session = loop {
@@ -152,7 +170,7 @@ impl Courier {
         invitation: &Invitation,
         mut session: u64,
         deadline: Instant,
-    ) -> Result<Answer, InviteError> {
+    ) -> Result<Answered, InviteError> {
         loop {
             tokio::select! {
                 biased;
@@ -176,6 +194,11 @@ impl Courier {
     /// True while a control session of this identity is attached.
     pub fn is_attached(&self, identity: &Identity) -> bool {
         self.lock().get(identity).is_some_and(|slot| slot.session.is_some())
+    }
+
+    /// How many invitations to this identity wait for an answer.
+    pub fn pending(&self, identity: &Identity) -> usize {
+        self.lock().get(identity).map_or(0, |slot| slot.pending.len())
     }
 
     /// How many control sessions are attached.
@@ -204,7 +227,7 @@ struct Expected {
     courier: Courier,
     identity: Identity,
     rid: String,
-    answer: oneshot::Receiver<Answer>,
+    answer: oneshot::Receiver<Answered>,
     subscribed: watch::Receiver<u64>,
 }
 
@@ -250,7 +273,7 @@ impl Attachment {
         self.courier.with_slot(&self.identity, |slot| {
             if let Some(waiting) = slot.pending.remove(rid) {
                 // The inviter may have given up at this moment; then nobody wants the answer.
-                let _ = waiting.send(answer);
+                let _ = waiting.send(Answered { answer, admission: self.admission.clone() });
             }
         });
     }
@@ -304,6 +327,7 @@ mod tests {
     }
 
     const YES: Answer = Answer { accepted: true, reason: None };
+    const KEY: Admission = Admission::Authority;
     const MINUTE: Duration = Duration::from_secs(60);
 
     async fn rid(inbox: &mut mpsc::Receiver<ToDevice>) -> String {
@@ -317,7 +341,7 @@ mod tests {
         let id = pump();
         let (sender, mut inbox) = mpsc::channel(INBOX);
         let device = async {
-            let attachment = courier.attach(&id, peer(), sender);
+            let attachment = courier.attach(&id, &KEY, peer(), sender);
             tokio::time::sleep(Duration::from_secs(20)).await;
             assert!(inbox.try_recv().is_err(), "not subscribed yet");
             attachment.subscribed();
@@ -327,7 +351,7 @@ mod tests {
             attachment
         };
         let (answer, attachment) = tokio::join!(courier.invite(&id, invitation("r1"), MINUTE, MINUTE), device);
-        assert_eq!(answer, Ok(YES));
+        assert_eq!(answer, Ok(Answered { answer: YES, admission: KEY }));
         drop(attachment);
         assert!(courier.lock().is_empty(), "nothing stays behind");
     }
@@ -339,7 +363,7 @@ mod tests {
         let absent = courier.invite(&id, invitation("r1"), Duration::from_secs(5), MINUTE).await;
         assert_eq!(absent, Err(InviteError::NotOnline));
         let (sender, _inbox) = mpsc::channel(INBOX);
-        let attachment = courier.attach(&id, peer(), sender);
+        let attachment = courier.attach(&id, &KEY, peer(), sender);
         attachment.subscribed();
         let silent = courier.invite(&id, invitation("r2"), Duration::ZERO, MINUTE).await;
         assert_eq!(silent, Err(InviteError::NoAnswer));
@@ -350,12 +374,12 @@ mod tests {
         let courier = Courier::default();
         let id = pump();
         let (old_sender, mut old_inbox) = mpsc::channel(INBOX);
-        let old = courier.attach(&id, peer(), old_sender);
+        let old = courier.attach(&id, &KEY, peer(), old_sender);
         old.subscribed();
         let device = async {
             assert_eq!(rid(&mut old_inbox).await, "r1");
             let (sender, mut inbox) = mpsc::channel(INBOX);
-            let new = courier.attach(&id, peer(), sender);
+            let new = courier.attach(&id, &KEY, peer(), sender);
             old.taken_over().await;
             drop(old);
             new.subscribed();
@@ -364,7 +388,7 @@ mod tests {
             new
         };
         let (answer, new) = tokio::join!(courier.invite(&id, invitation("r1"), MINUTE, MINUTE), device);
-        assert_eq!(answer, Ok(YES));
+        assert_eq!(answer, Ok(Answered { answer: YES, admission: KEY }));
         assert_eq!(courier.sessions(), 1);
         drop(new);
         assert_eq!(courier.sessions(), 0);
@@ -374,10 +398,10 @@ mod tests {
     async fn another_device_cannot_answer() {
         let courier = Courier::default();
         let (sender, mut inbox) = mpsc::channel(INBOX);
-        let pump_session = courier.attach(&pump(), peer(), sender);
+        let pump_session = courier.attach(&pump(), &KEY, peer(), sender);
         pump_session.subscribed();
         let (other_sender, _other_inbox) = mpsc::channel(INBOX);
-        let other = courier.attach(&"kiosk".parse().unwrap(), peer(), other_sender);
+        let other = courier.attach(&"kiosk".parse().unwrap(), &KEY, peer(), other_sender);
         let device = async {
             let rid = rid(&mut inbox).await;
             other.answer(&rid, YES);

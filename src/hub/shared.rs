@@ -4,16 +4,18 @@
 //! judges whether an admission still holds. Does not know any protocol.
 //! Invariant: an admission that no longer holds is noticed by whoever awaits [`HubShared::revoked`].
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{courier::Courier, metrics::HubMetrics, record::Admission, registry::Registry};
+use super::{
+    bridge::Bridges, courier::Courier, limits::Newcomers, metrics::HubMetrics, record::Admission, registry::Registry,
+};
 use crate::{
-    auth::Rights,
+    auth::{Rights, connstr::DEFAULT_PORT},
     base::{DeviceId, Identity, Name, Secret},
-    config::HubConfig,
+    config::{HubConfig, PublicUrl},
 };
 
 /// Shared by reference (`Arc`) by all tasks of the hub.
@@ -27,14 +29,19 @@ pub struct HubShared {
     pub metrics: HubMetrics,
     /// Cancelled when the hub ends.
     pub shutdown: CancellationToken,
+    /// Who may still be counted as a stranger.
+    pub newcomers: Newcomers,
+    pub(in crate::hub) bridges: Bridges,
     config: watch::Sender<Arc<HubConfig>>,
 }
 
 impl HubShared {
     /// Ties the parts together.
     pub fn new(config: HubConfig, registry: Registry, metrics: HubMetrics, shutdown: CancellationToken) -> Self {
+        let bridges = Bridges::new(metrics.clone(), config.limits.write_stall_timeout);
         let config = watch::Sender::new(Arc::new(config));
-        Self { registry, courier: Courier::default(), metrics, shutdown, config }
+        let (courier, newcomers) = (Courier::default(), Newcomers::default());
+        Self { registry, courier, metrics, shutdown, newcomers, bridges, config }
     }
 
     /// The configuration in force. Take it once per request or session, not once per byte.
@@ -45,6 +52,39 @@ impl HubShared {
     /// Puts another configuration in force. Whatever it no longer admits ends.
     pub fn reconfigure(&self, config: HubConfig) {
         self.config.send_replace(Arc::new(config));
+    }
+
+    /// Where clients reach this hub: `public_url`, else its name and the port it listens on.
+    pub fn endpoint(&self) -> PublicUrl {
+        let config = self.config();
+        let port = config.listen.first().map_or(DEFAULT_PORT, SocketAddr::port);
+        config.public_url.clone().unwrap_or_else(|| PublicUrl { host: config.hostname.clone(), port })
+    }
+
+    /// A device says that its leg of a bridge is gone: the bridge ends at once.
+    pub fn device_lost_leg(&self, identity: &Identity, sid: &str) {
+        self.bridges.device_lost(identity, sid);
+    }
+
+    /// Ends the bridges whose admissions no longer hold, for as long as it is polled.
+    pub(in crate::hub) async fn enforce_revocations(&self) {
+        let (mut registry, mut config) = (self.registry.changes(), self.config.subscribe());
+        loop {
+            self.bridges.end_unless(|about, device| {
+                let service = self.admits_policy(
+                    &about.policy,
+                    &about.policy_key,
+                    Rights::SERVICE_CONNECT,
+                    &about.identity.device,
+                );
+                service && device.is_none_or(|admission| self.admits_device(&about.identity, admission))
+            });
+            // Neither sender can be dropped while `self` is borrowed.
+            tokio::select! {
+                _ = registry.changed() => {}
+                _ = config.changed() => {}
+            }
+        }
     }
 
     /// True while `identity` is registered and enabled, and `admission` would be accepted again.

@@ -1,0 +1,500 @@
+//! Bridges: pairs of legs at the streaming endpoint.
+//!
+//! Owns every bridge from the moment its two tickets are minted until both legs are gone: who may join, the time
+//! limit of the handshake, the end and its reason. Does not know HTTP or what the bytes mean.
+//! Invariant: a ticket admits one leg, once; a bridge that stands on an admission that no longer holds ends.
+
+mod frames;
+mod relay;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
+use tokio_util::task::TaskTracker;
+
+pub(in crate::hub) use self::relay::{Leg, Side};
+use self::{
+    frames::PeerClose,
+    relay::{BufferPool, Counters, Ended, Relay, Relayed},
+};
+use super::{metrics::HubMetrics, record::Admission};
+use crate::{
+    auth::{Ticket, TicketHash},
+    base::{Identity, Name, Secret, StreamName},
+    config::HubLimits,
+    proto::streams::MUX_STREAM,
+};
+
+/// The bytes under a leg: TLS on a socket in the hub, anything in tests.
+pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> LegIo for T {}
+
+/// What the survivor of a bridge is told, as the Azure gateway does (wire.md, section d).
+const DISCONNECTED: (u16, &str) = (1011, "WS disconnected");
+/// What both legs are told when the hub stops: come back later (wire.md, section j).
+const RESTARTING: (u16, &str) = (1012, "hub restarting");
+/// What both legs are told when an admission was withdrawn.
+const REVOKED: (u16, &str) = (1008, "revoked");
+/// What the first leg is told when the second does not come.
+const TOO_LATE: (u16, &str) = (1011, "the other side did not connect in time");
+
+/// A bridge's ID: 32 hexadecimal digits, the `sid` of its URLs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(in crate::hub) struct Sid(Box<str>);
+
+impl fmt::Display for Sid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a bridge is for, and the service's admission it stands on.
+#[derive(Debug, Clone)]
+pub(in crate::hub) struct About {
+    pub(in crate::hub) identity: Identity,
+    pub(in crate::hub) stream: StreamName,
+    pub(in crate::hub) policy: Name,
+    pub(in crate::hub) policy_key: Secret,
+}
+
+/// Why there is no room for another bridge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(in crate::hub) enum Full {
+    /// In the hub.
+    #[error("the hub has as many device streams as it may have")]
+    Hub,
+    /// At this device.
+    #[error("this device has as many device streams as it may have")]
+    Device,
+}
+
+/// Why a bridge ends, from outside of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    Revoked,
+    DeviceLost,
+    Shutdown,
+}
+
+/// All bridges of a hub. Cheap to clone; clones share them.
+#[derive(Debug, Clone)]
+pub(in crate::hub) struct Bridges {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    table: Mutex<Table>,
+    tasks: TaskTracker,
+    metrics: HubMetrics,
+    pool: BufferPool,
+    stall: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    bridges: HashMap<Sid, Entry>,
+    tickets: HashMap<TicketHash, (Sid, Side)>,
+    per_device: HashMap<Identity, usize>,
+}
+
+/// A bridge as others see it.
+#[derive(Debug)]
+struct Entry {
+    about: About,
+    device_admission: Option<Admission>,
+    tickets: [TicketHash; 2],
+    inbox: mpsc::Sender<ToBridge>,
+    stop: watch::Sender<Option<Stop>>,
+}
+
+enum ToBridge {
+    Leg(Side, Leg<Box<dyn LegIo>>),
+    Expires(Instant),
+}
+
+/// A bridge whose device has not answered yet. Dropping it takes the bridge back.
+pub(in crate::hub) struct Reservation {
+    bridges: Bridges,
+    pub(in crate::hub) sid: Sid,
+    pub(in crate::hub) service: Ticket,
+    pub(in crate::hub) device: Ticket,
+    kept: bool,
+}
+
+/// One leg's right to join, taken out of the table: the ticket is used up.
+pub(in crate::hub) struct Seat {
+    side: Side,
+    inbox: mpsc::Sender<ToBridge>,
+}
+
+impl Seat {
+    /// Takes the seat. If the bridge has ended meanwhile, the leg is dropped.
+    pub(in crate::hub) async fn join(self, leg: Leg<Box<dyn LegIo>>) {
+        // Room for both legs is in the inbox; an error means that the bridge is gone.
+        let _ = self.inbox.send(ToBridge::Leg(self.side, leg)).await;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.bridges.forget(&self.sid);
+        }
+    }
+}
+
+impl Reservation {
+    /// The device accepted: both legs may still come until `expires`.
+    pub(in crate::hub) fn accepted(mut self, admission: Admission, expires: Instant) {
+        self.kept = true;
+        if let Some(entry) = self.bridges.lock().bridges.get_mut(&self.sid) {
+            entry.device_admission = Some(admission);
+            // The inbox has room for this one message beside both legs.
+            let _ = entry.inbox.try_send(ToBridge::Expires(expires));
+        }
+    }
+}
+
+// === impl Bridges ===
+
+impl Bridges {
+    pub(in crate::hub) fn new(metrics: HubMetrics, stall: Duration) -> Self {
+        let (table, tasks, pool) = (Mutex::default(), TaskTracker::new(), BufferPool::default());
+        Self { inner: Arc::new(Inner { table, tasks, metrics, pool, stall }) }
+    }
+
+    /// Mints a bridge's two tickets. It waits for its legs until `expires`, or as `Reservation::accepted` says.
+    pub(in crate::hub) fn reserve(
+        &self,
+        about: About,
+        random: [[u8; 32]; 3],
+        expires: Instant,
+        limits: &HubLimits,
+    ) -> Result<Reservation, Full> {
+        let [sid, service, device] = random;
+        let sid = Sid(hex(&sid[..16]).into());
+        let (service, device) = (Ticket::from_random(service), Ticket::from_random(device));
+        let (inbox, legs) = mpsc::channel(3);
+        let (stop, stopped) = watch::channel(None);
+        let tickets = [service.hash(), device.hash()];
+        let life = Life { bridges: self.clone(), sid: sid.clone(), about: about.clone(), began: Instant::now() };
+        let mut table = self.lock();
+        if table.bridges.len() >= limits.max_bridges {
+            return Err(Full::Hub);
+        }
+        let of_device = table.per_device.entry(about.identity.clone()).or_default();
+        if *of_device >= limits.max_bridges_per_device {
+            return Err(Full::Device);
+        }
+        *of_device += 1;
+        table.tickets.insert(tickets[0], (sid.clone(), Side::Service));
+        table.tickets.insert(tickets[1], (sid.clone(), Side::Device));
+        table.bridges.insert(sid.clone(), Entry { about, device_admission: None, tickets, inbox, stop });
+        drop(table);
+        self.inner.tasks.spawn(life.run(legs, stopped, expires));
+        Ok(Reservation { bridges: self.clone(), sid, service, device, kept: false })
+    }
+
+    /// Uses a ticket up. The path must name the same bridge and side that the ticket was minted for.
+    pub(in crate::hub) fn redeem(&self, token: &[u8], sid: &str, side: Side) -> Option<Seat> {
+        let hash = TicketHash::of_token(token);
+        let mut table = self.lock();
+        let (ticket_sid, ticket_side) = table.tickets.get(&hash)?;
+        if &*ticket_sid.0 != sid || *ticket_side != side {
+            return None;
+        }
+        let (sid, side) = table.tickets.remove(&hash)?;
+        let inbox = table.bridges.get(&sid)?.inbox.clone();
+        Some(Seat { side, inbox })
+    }
+
+    /// The device says that its leg of this bridge is gone: the service need not wait for a time-out.
+    pub(in crate::hub) fn device_lost(&self, identity: &Identity, sid: &str) {
+        let table = self.lock();
+        if let Some(entry) = table.bridges.get(&Sid(sid.into())).filter(|entry| entry.about.identity == *identity) {
+            entry.stop.send_replace(Some(Stop::DeviceLost));
+        }
+    }
+
+    /// Ends the bridges that `holds` no longer vouches for.
+    pub(in crate::hub) fn end_unless(&self, holds: impl Fn(&About, Option<&Admission>) -> bool) {
+        for entry in self.lock().bridges.values() {
+            if !holds(&entry.about, entry.device_admission.as_ref()) {
+                entry.stop.send_replace(Some(Stop::Revoked));
+            }
+        }
+    }
+
+    /// Ends mux bridges, which resume elsewhere or later; plain ones too if asked. Unfinished ones end in any case.
+    pub(in crate::hub) fn shut_down(&self, plain: Plain) {
+        for entry in self.lock().bridges.values() {
+            if entry.about.is_mux() || plain == Plain::End {
+                entry.stop.send_replace(Some(Stop::Shutdown));
+            }
+        }
+    }
+
+    /// How many bridges exist, unfinished ones included.
+    pub(in crate::hub) fn count(&self) -> usize {
+        self.lock().bridges.len()
+    }
+
+    /// Waits until the last bridge has ended. Call after the last `reserve`.
+    pub(in crate::hub) async fn ended(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    fn forget(&self, sid: &Sid) {
+        let mut table = self.lock();
+        let Some(entry) = table.bridges.remove(sid) else { return };
+        for ticket in &entry.tickets {
+            table.tickets.remove(ticket);
+        }
+        if let Some(count) = table.per_device.get_mut(&entry.about.identity) {
+            *count -= 1;
+            if *count == 0 {
+                table.per_device.remove(&entry.about.identity);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // Every change is complete when its statement is: a panic elsewhere cannot have torn the table.
+        self.inner.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What happens to plain bridges at shutdown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::hub) enum Plain {
+    /// They may end by themselves.
+    Drain,
+    /// They end now.
+    End,
+}
+
+impl About {
+    fn is_mux(&self) -> bool {
+        self.stream.as_str() == MUX_STREAM
+    }
+}
+
+// === The life of one bridge ===
+
+struct Life {
+    bridges: Bridges,
+    sid: Sid,
+    about: About,
+    began: Instant,
+}
+
+/// How a bridge ended: the metric's label, and the last frame for each leg.
+struct Verdict {
+    reason: &'static str,
+    to_service: Vec<u8>,
+    to_device: Vec<u8>,
+}
+
+type BoxedLeg = Leg<Box<dyn LegIo>>;
+
+impl Life {
+    async fn run(self, legs: mpsc::Receiver<ToBridge>, stop: watch::Receiver<Option<Stop>>, expires: Instant) {
+        let _forget = Forget { bridges: self.bridges.clone(), sid: self.sid.clone() };
+        let mut stop = stop;
+        match pair(legs, &mut stop, expires).await {
+            Ok((service, device)) => self.relay(service, device, stop).await,
+            Err((reason, waiting)) => self.abandon(reason, waiting).await,
+        }
+    }
+
+    async fn relay(&self, service: BoxedLeg, device: BoxedLeg, mut stop: watch::Receiver<Option<Stop>>) {
+        let inner = &self.bridges.inner;
+        let _open = OpenBridge::count(&inner.metrics);
+        tracing::debug!(sid = %self.sid, device = %self.about.identity, stream = %self.about.stream, "bridge joined");
+        let counters = Counters {
+            to_device: inner.metrics.relayed_bytes.with_label_values(&["to_device"]),
+            to_service: inner.metrics.relayed_bytes.with_label_values(&["to_service"]),
+            this: Relayed::default(),
+        };
+        let mut relay = Relay::new(service, device, inner.pool.clone(), counters);
+        let verdict = tokio::select! {
+            biased;
+            stopped = stopped(&mut stop) => Verdict::of_stop(stopped),
+            side = relay.run() => Verdict::of_end(side, &relay),
+        };
+        self.log(verdict.reason, relay.relayed());
+        relay.finish(verdict.to_service, verdict.to_device, inner.stall).await;
+    }
+
+    /// Not both legs came.
+    async fn abandon(&self, reason: Unpaired, waiting: Vec<BoxedLeg>) {
+        let (label, (code, text)) = match reason {
+            Unpaired::Withdrawn => ("withdrawn", DISCONNECTED),
+            Unpaired::TooLate => ("handshake_timeout", TOO_LATE),
+            Unpaired::Stopped(stop) => (stop.label(), stop.close()),
+        };
+        if reason != Unpaired::Withdrawn {
+            self.log(label, Relayed::default());
+        }
+        for leg in waiting {
+            leg.dismiss(frames::close(code, text), self.bridges.inner.stall).await;
+        }
+    }
+
+    /// The one closing line of a device stream.
+    fn log(&self, reason: &'static str, relayed: Relayed) {
+        self.bridges.inner.metrics.bridges.with_label_values(&[reason]).inc();
+        tracing::info!(sid = %self.sid, device = %self.about.identity, stream = %self.about.stream,
+            policy = %self.about.policy, reason, to_device = relayed.to_device, to_service = relayed.to_service,
+            seconds = self.began.elapsed().as_secs(), "device stream ended");
+    }
+}
+
+/// Why a bridge was never joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unpaired {
+    /// The device rejected or did not answer.
+    Withdrawn,
+    /// A leg did not come.
+    TooLate,
+    Stopped(Stop),
+}
+
+/// Waits for both legs, in either order.
+async fn pair(
+    mut legs: mpsc::Receiver<ToBridge>,
+    stop: &mut watch::Receiver<Option<Stop>>,
+    mut expires: Instant,
+) -> Result<(BoxedLeg, BoxedLeg), (Unpaired, Vec<BoxedLeg>)> {
+    let (mut service, mut device) = (None, None);
+    let reason = loop {
+        tokio::select! {
+            message = legs.recv() => match message {
+                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(leg),
+                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(leg),
+                Some(ToBridge::Expires(later)) => expires = later,
+                None => break Unpaired::Withdrawn,
+            },
+            stop = stopped(stop) => break Unpaired::Stopped(stop),
+            () = sleep_until(expires) => break Unpaired::TooLate,
+        }
+        match (service.take(), device.take()) {
+            (Some(service), Some(device)) => return Ok((service, device)),
+            (one, other) => (service, device) = (one, other),
+        }
+    };
+    Err((reason, service.into_iter().chain(device).collect()))
+}
+
+async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
+    let stopped = stop.wait_for(Option::is_some).await.ok().and_then(|stop| *stop);
+    match stopped {
+        Some(stop) => stop,
+        // The entry is gone without a word: the reservation was withdrawn, which the inbox tells.
+        None => std::future::pending().await,
+    }
+}
+
+impl Stop {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Revoked => "revoked",
+            Self::DeviceLost => "device_lost",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    fn close(self) -> (u16, &'static str) {
+        match self {
+            Self::Revoked => REVOKED,
+            Self::DeviceLost => DISCONNECTED,
+            Self::Shutdown => RESTARTING,
+        }
+    }
+}
+
+impl Verdict {
+    fn of_stop(stop: Stop) -> Self {
+        let (code, text) = stop.close();
+        let close = frames::close(code, text);
+        Self { reason: stop.label(), to_service: close.clone(), to_device: close }
+    }
+
+    fn of_end(side: Side, relay: &Relay<Box<dyn LegIo>, Box<dyn LegIo>>) -> Self {
+        let ended = match side {
+            Side::Service => relay.service.ended(),
+            Side::Device => relay.device.ended(),
+        };
+        let (clean, to_ended) = last_frame(ended);
+        let survivor = if clean { frames::close(1000, "") } else { frames::close(DISCONNECTED.0, DISCONNECTED.1) };
+        let (reason, to_service, to_device) = match side {
+            Side::Service => (label(side, ended), to_ended, survivor),
+            Side::Device => (label(side, ended), survivor, to_ended),
+        };
+        Self { reason, to_service, to_device }
+    }
+}
+
+/// Whether a leg ended cleanly, and what it is still told.
+fn last_frame(ended: Option<&Ended>) -> (bool, Vec<u8>) {
+    match ended {
+        Some(Ended::Closed(PeerClose { code: None })) => (true, frames::close_without_code()),
+        Some(Ended::Closed(PeerClose { code: Some(code) })) => (*code == 1000, frames::close(*code, "")),
+        Some(Ended::Violated(violation)) => (false, frames::close(violation.close_code(), &violation.to_string())),
+        Some(Ended::Lost(_)) | None => (false, Vec::new()),
+    }
+}
+
+fn label(side: Side, ended: Option<&Ended>) -> &'static str {
+    match (side, ended) {
+        (Side::Service, Some(Ended::Closed(_))) => "service_closed",
+        (Side::Device, Some(Ended::Closed(_))) => "device_closed",
+        (Side::Service, Some(Ended::Violated(_))) => "service_violation",
+        (Side::Device, Some(Ended::Violated(_))) => "device_violation",
+        (Side::Service, Some(Ended::Lost(_)) | None) => "service_lost",
+        (Side::Device, Some(Ended::Lost(_)) | None) => "device_lost",
+    }
+}
+
+/// Takes the bridge out of the table when its task ends, however it ends.
+struct Forget {
+    bridges: Bridges,
+    sid: Sid,
+}
+
+impl Drop for Forget {
+    fn drop(&mut self) {
+        self.bridges.forget(&self.sid);
+    }
+}
+
+/// Counts a joined bridge.
+struct OpenBridge(prometheus::IntGauge);
+
+impl OpenBridge {
+    fn count(metrics: &HubMetrics) -> Self {
+        metrics.bridges_open.inc();
+        Self(metrics.bridges_open.clone())
+    }
+}
+
+impl Drop for OpenBridge {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

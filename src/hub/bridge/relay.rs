@@ -1,0 +1,398 @@
+//! The relay of one bridge: payload in on one side, the same payload out on the other, both ways in one task.
+//!
+//! Owns the two legs' frames and the bytes under way. Does not know tickets, devices or why a bridge exists.
+//! Invariant: a direction holds at most one buffer of bytes and reads nothing while its receiver takes nothing;
+//! a receiver may pause for ever.
+
+use std::{
+    io,
+    ops::Range,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use prometheus::IntCounter;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    time::timeout,
+};
+
+use super::frames::{self, Decoder, HEADROOM, MAX_PAYLOAD_OUT, PeerClose, Violation};
+
+/// Bytes of a buffer: one full frame out and its header.
+const BUFFER: usize = HEADROOM + MAX_PAYLOAD_OUT;
+/// Buffers that are kept for the next busy direction: 16 MiB; more are freed.
+const POOLED: usize = 256;
+/// Buffers moved in one direction before the task lets others run: 1 MiB, some 300 us of work.
+const TURNS: usize = 16;
+/// Answers to pings that wait for their turn, in bytes; a peer that pings on without reading gets no more of them.
+const MAX_CONTROL_OUT: usize = 512;
+/// How long a leg has to answer our Close: as long as a slow path's round trip with retransmissions.
+const CLOSE_ANSWER: Duration = Duration::from_secs(5);
+
+/// Buffers shared by all bridges. A direction takes one while it has bytes under way.
+#[derive(Debug, Clone, Default)]
+pub(in crate::hub) struct BufferPool(Arc<Mutex<Vec<Box<[u8]>>>>);
+
+impl BufferPool {
+    fn take(&self) -> Box<[u8]> {
+        let pooled = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        pooled.unwrap_or_else(|| vec![0; BUFFER].into())
+    }
+
+    fn put(&self, buffer: Box<[u8]>) {
+        let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.len() < POOLED {
+            pool.push(buffer);
+        }
+    }
+}
+
+/// One side's WebSocket, after its upgrade.
+pub(in crate::hub) struct Leg<S> {
+    io: S,
+    /// Bytes that came right behind the upgrade request.
+    early: bytes::Bytes,
+    decoder: Decoder,
+    control: Vec<u8>,
+    /// A data frame has been written in part: nothing may come between.
+    mid_frame: bool,
+    unflushed: bool,
+    ended: Option<Ended>,
+}
+
+/// How a leg ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// With a Close frame.
+    Closed(PeerClose),
+    /// Without one: the connection is gone.
+    Lost(Option<io::Error>),
+    /// By breaking the protocol.
+    Violated(Violation),
+}
+
+/// One direction's bytes under way.
+#[derive(Default)]
+struct Pipe {
+    buffer: Option<Box<[u8]>>,
+    /// The rest of a frame that is to be written.
+    out: Range<usize>,
+    /// Bytes of payload in the frame that was made last.
+    payload: usize,
+}
+
+/// Both legs and both directions.
+pub(super) struct Relay<A, B> {
+    pub(super) service: Leg<A>,
+    pub(super) device: Leg<B>,
+    to_device: Pipe,
+    to_service: Pipe,
+    pool: BufferPool,
+    counters: Counters,
+}
+
+/// Payload bytes, counted as they are read.
+#[derive(Debug, Clone)]
+pub(super) struct Counters {
+    pub(super) to_device: IntCounter,
+    pub(super) to_service: IntCounter,
+    pub(super) this: Relayed,
+}
+
+/// Payload bytes of one bridge.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Relayed {
+    pub(super) to_device: u64,
+    pub(super) to_service: u64,
+}
+
+/// Which leg.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::hub) enum Side {
+    /// The service's.
+    Service,
+    /// The device's.
+    Device,
+}
+
+// === impl Leg ===
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
+    /// A leg over a connection that has switched to WebSocket.
+    pub(in crate::hub) fn new(io: S, early: bytes::Bytes) -> Self {
+        let decoder = Decoder::default();
+        Self { io, early, decoder, control: Vec::new(), mid_frame: false, unflushed: false, ended: None }
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        if !self.early.is_empty() {
+            let taken = self.early.split_to(self.early.len().min(into.len()));
+            into[..taken.len()].copy_from_slice(&taken);
+            return Poll::Ready(Ok(taken.len()));
+        }
+        let mut into = ReadBuf::new(into);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut into))?;
+        Poll::Ready(Ok(into.filled().len()))
+    }
+
+    /// Reads what is there, up to a full buffer, and leaves its payload in `pipe`. Pending: nothing is there.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe, pool: &BufferPool) -> Poll<()> {
+        let buffer = pipe.buffer.get_or_insert_with(|| pool.take());
+        let mut end = HEADROOM;
+        while end < buffer.len() && self.ended.is_none() {
+            match self.poll_read(cx, &mut buffer[end..]) {
+                Poll::Ready(Ok(0)) => self.ended = Some(Ended::Lost(None)),
+                Poll::Ready(Ok(read)) => end += read,
+                Poll::Ready(Err(error)) => self.ended = Some(Ended::Lost(Some(error))),
+                Poll::Pending if end == HEADROOM => return Poll::Pending,
+                Poll::Pending => break,
+            }
+        }
+        match self.decoder.strip(buffer, HEADROOM..end) {
+            Ok(payload) => pipe.frame(payload),
+            Err(violation) => self.ended = Some(Ended::Violated(violation)),
+        }
+        if let Some(close) = self.decoder.close() {
+            self.ended = Some(Ended::Closed(close));
+        }
+        if let Some(ping) = self.decoder.take_pong().filter(|_| self.control.len() < MAX_CONTROL_OUT) {
+            self.control.extend(frames::pong(&ping));
+        }
+        Poll::Ready(())
+    }
+
+    /// Writes control frames that wait, then `pipe`.
+    fn poll_drain(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<()>> {
+        loop {
+            let written = if !self.mid_frame && !self.control.is_empty() {
+                let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.control))?;
+                self.control.drain(..written);
+                written
+            } else if let Some(bytes) = pipe.waiting() {
+                let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
+                pipe.out.start += written;
+                self.mid_frame = !pipe.out.is_empty();
+                written
+            } else {
+                return Poll::Ready(Ok(()));
+            };
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unflushed {
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Says goodbye to a leg that has never been joined.
+    pub(super) async fn dismiss(self, goodbye: Vec<u8>, stall: Duration) {
+        self.say_goodbye(Pipe::default(), goodbye, stall).await;
+    }
+
+    /// Delivers what is under way to this leg, says goodbye, and waits a little for the answer. `stall` is how
+    /// long the leg may take no byte: the bridge is over, so a pause is no longer anyone's business. A leg without a
+    /// goodbye is gone.
+    async fn say_goodbye(mut self, under_way: Pipe, goodbye: Vec<u8>, stall: Duration) {
+        if goodbye.is_empty() {
+            return;
+        }
+        let waiting = under_way.waiting().unwrap_or_default();
+        let control = std::mem::take(&mut self.control);
+        let all = if self.mid_frame { [waiting, &control, &goodbye] } else { [&control, waiting, &goodbye] };
+        for bytes in all {
+            if !write_unless_stalled(&mut self.io, bytes, stall).await {
+                return;
+            }
+        }
+        if !matches!(timeout(stall, self.io.flush()).await, Ok(Ok(()))) {
+            return;
+        }
+        if !matches!(self.ended, Some(Ended::Closed(_))) {
+            let _ = timeout(CLOSE_ANSWER, self.until_closed()).await;
+        }
+        // The leg is told that TLS ends, too, if it still listens.
+        let _ = timeout(CLOSE_ANSWER, self.io.shutdown()).await;
+    }
+
+    /// Reads and forgets until the Close, the end or an error.
+    async fn until_closed(&mut self) {
+        let mut buffer = vec![0; 4096];
+        while self.decoder.close().is_none() {
+            let early = std::mem::take(&mut self.early);
+            let taken = early.len().min(buffer.len());
+            buffer[..taken].copy_from_slice(&early[..taken]);
+            let read = if taken > 0 { Ok(taken) } else { self.io.read(&mut buffer).await };
+            let Ok(1..) = read else { return };
+            if self.decoder.strip(&mut buffer, 0..read.unwrap_or_default()).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+async fn write_unless_stalled(io: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8], stall: Duration) -> bool {
+    while !bytes.is_empty() {
+        match timeout(stall, io.write(bytes)).await {
+            Ok(Ok(written @ 1..)) => bytes = &bytes[written..],
+            _ => return false,
+        }
+    }
+    true
+}
+
+// === impl Pipe ===
+
+impl Pipe {
+    /// Makes a frame of a payload; none of an empty one: the C sample ends when it gets one.
+    fn frame(&mut self, payload: Range<usize>) {
+        self.payload = payload.len();
+        self.out = match &mut self.buffer {
+            Some(buffer) if !payload.is_empty() => frames::put_header(buffer, &payload)..payload.end,
+            _ => 0..0,
+        };
+    }
+
+    fn waiting(&self) -> Option<&[u8]> {
+        self.buffer.as_deref().map(|buffer| &buffer[self.out.clone()]).filter(|bytes| !bytes.is_empty())
+    }
+
+    fn release(&mut self, pool: &BufferPool) {
+        if let Some(buffer) = self.buffer.take() {
+            pool.put(buffer);
+        }
+    }
+}
+
+// === impl Relay ===
+
+impl<A, B> Relay<A, B>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    pub(super) fn new(service: Leg<A>, device: Leg<B>, pool: BufferPool, counters: Counters) -> Self {
+        Self { service, device, to_device: Pipe::default(), to_service: Pipe::default(), pool, counters }
+    }
+
+    /// Relays until one side ends; says which.
+    pub(super) async fn run(&mut self) -> Side {
+        std::future::poll_fn(|cx| self.poll(cx)).await
+    }
+
+    pub(super) fn relayed(&self) -> Relayed {
+        self.counters.this
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Side> {
+        let Self { service, device, to_device, to_service, pool, counters } = self;
+        let moved = &mut counters.this;
+        let there = poll_direction(cx, service, device, to_device, pool, |payload| {
+            moved.to_device += payload;
+            counters.to_device.inc_by(payload);
+        });
+        if let Poll::Ready(end) = there {
+            return Poll::Ready(end.side(Side::Service, Side::Device));
+        }
+        let back = poll_direction(cx, device, service, to_service, pool, |payload| {
+            moved.to_service += payload;
+            counters.to_service.inc_by(payload);
+        });
+        if let Poll::Ready(end) = back {
+            return Poll::Ready(end.side(Side::Device, Side::Service));
+        }
+        // A ping read just now on the device's leg is answered in the direction that was polled first.
+        if poll_settle(cx, service, to_service).is_ready() {
+            return Poll::Ready(Side::Service);
+        }
+        poll_settle(cx, device, to_device).map(|()| Side::Device)
+    }
+
+    /// Ends both legs, each with its own last frame, after what is under way to it.
+    pub(super) async fn finish(self, to_service: Vec<u8>, to_device: Vec<u8>, stall: Duration) {
+        let service = self.service.say_goodbye(self.to_service, to_service, stall);
+        let device = self.device.say_goodbye(self.to_device, to_device, stall);
+        tokio::join!(service, device);
+    }
+}
+
+impl<S> Leg<S> {
+    /// How the leg ended, if it did.
+    pub(super) fn ended(&self) -> Option<&Ended> {
+        self.ended.as_ref()
+    }
+}
+
+/// Which end of a direction ended.
+enum DirectionEnd {
+    Source,
+    Sink,
+}
+
+impl DirectionEnd {
+    fn side(&self, source: Side, sink: Side) -> Side {
+        match self {
+            Self::Source => source,
+            Self::Sink => sink,
+        }
+    }
+}
+
+/// Moves one direction as far as it goes. Ready when one of its legs has ended; what its source sent before that may
+/// still be under way then.
+fn poll_direction<A, B>(
+    cx: &mut Context<'_>,
+    from: &mut Leg<A>,
+    to: &mut Leg<B>,
+    pipe: &mut Pipe,
+    pool: &BufferPool,
+    mut count: impl FnMut(u64),
+) -> Poll<DirectionEnd>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    for _ in 0..TURNS {
+        if from.ended.is_some() {
+            return Poll::Ready(DirectionEnd::Source);
+        }
+        if let Err(error) = ready!(to.poll_drain(cx, pipe)) {
+            to.ended = Some(Ended::Lost(Some(error)));
+            return Poll::Ready(DirectionEnd::Sink);
+        }
+        if from.poll_fill(cx, pipe, pool).is_pending() {
+            pipe.release(pool);
+            return Poll::Pending;
+        }
+        count(std::mem::take(&mut pipe.payload) as u64);
+    }
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
+/// Sends what waits for this leg and flushes. Ready when the leg has ended.
+fn poll_settle<S>(cx: &mut Context<'_>, leg: &mut Leg<S>, pipe: &mut Pipe) -> Poll<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let drained = match leg.poll_drain(cx, pipe) {
+        Poll::Ready(Ok(())) => leg.poll_flush(cx),
+        other => other,
+    };
+    match drained {
+        Poll::Ready(Err(error)) => {
+            leg.ended = Some(Ended::Lost(Some(error)));
+            Poll::Ready(())
+        }
+        Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+    }
+}
