@@ -206,7 +206,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let (sender, mut inbox) = mpsc::channel(INBOX);
-    let attachment = hub.courier.attach(&login.identity, peer.addr, sender);
+    let attachment = hub.courier.attach(&login.identity, &login.admission, peer.addr, sender);
     let mut session = Session { hub, login, attachment: &attachment, filters: Filters::default(), twin_version: 1 };
     wire.admit(login.silence_limit().min(MAX_SILENCE));
     wire.send(&Packet::ConnAck { session_present: false, code: ConnectCode::Accepted });
@@ -301,7 +301,7 @@ impl Session<'_> {
                 let topic = format!("$iothub/twin/res/204/?$rid={rid}&$version={}", self.twin_version);
                 self.answer_twin(topic, String::new(), wire);
             }
-            DeviceTopic::Lost(sid) => tracing::debug!(device = %self.login.identity, sid, "device lost its leg"),
+            DeviceTopic::Lost(sid) => self.hub.device_lost_leg(&self.login.identity, sid),
             DeviceTopic::Telemetry(_) | DeviceTopic::MethodResponse | DeviceTopic::Other => {
                 tracing::debug!(device = %self.login.identity, ?publish, "dropped a message on a topic of no use here");
             }
