@@ -7,6 +7,8 @@
 
 mod filters;
 mod login;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::{net::SocketAddr, time::Duration};
