@@ -27,10 +27,8 @@ async fn raw(hub: &Arc<HubShared>, bytes: &[u8]) -> (Vec<u8>, End) {
 #[tokio::test]
 async fn a_session_cut_at_any_byte_just_ends() {
     let hub = hub().await;
-    let subscribe = Subscribe {
-        id: PacketId::new(2).unwrap(),
-        filters: vec![("$iothub/streams/POST/#".into(), Qos::AtMostOnce)],
-    };
+    let subscribe =
+        Subscribe { id: PacketId::new(2).unwrap(), filters: vec![("$iothub/streams/POST/#".into(), Qos::AtMostOnce)] };
     let answer = Publish::at_most_once("$iothub/streams/res/200/?$rid=1", "");
     let login = bytes_of(&hello());
     let story: Vec<u8> = [
