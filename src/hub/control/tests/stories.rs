@@ -51,7 +51,7 @@ async fn a_request_reaches_an_sdk_device_and_its_answer_comes_back() {
         device.publish("$iothub/streams/res/200/?$rid=r1").await;
     };
     let (answer, ()) = tokio::join!(hub.courier.invite(&pump, invitation("r1"), MINUTE, MINUTE), answering);
-    assert_eq!(answer, Ok(Answer { accepted: true, reason: None }));
+    assert_eq!(answer.map(|answered| answered.answer), Ok(Answer { accepted: true, reason: None }));
     assert_eq!(hub.metrics.device_sessions.get(), 1);
     device.send(&Packet::Disconnect).await;
     assert!(matches!(device.end().await, End::Left));
@@ -70,7 +70,7 @@ async fn a_culvert_device_learns_the_policy_and_says_why_it_rejects() {
         device.publish("$iothub/streams/res/400/?$rid=r1&$reason=no%20such%20target").await;
     };
     let (answer, ()) = tokio::join!(hub.courier.invite(&pump, invitation("r1"), MINUTE, MINUTE), answering);
-    assert_eq!(answer, Ok(Answer { accepted: false, reason: Some("no such target".into()) }));
+    assert_eq!(answer.map(|answered| answered.answer), Ok(Answer { accepted: false, reason: Some("no such target".into()) }));
 }
 
 #[tokio::test]
@@ -81,7 +81,7 @@ async fn a_device_that_has_not_subscribed_or_no_longer_is_not_online() {
     device.send(&Packet::Unsubscribe { id: PacketId::new(9).unwrap(), filters }).await;
     assert_eq!(device.packet().await, Some(Packet::UnsubAck(PacketId::new(9).unwrap())));
     let absent = hub.courier.invite(&id("pump"), invitation("r1"), Duration::ZERO, MINUTE).await;
-    assert_eq!(absent, Err(InviteError::NotOnline));
+    assert_eq!(absent.unwrap_err(), InviteError::NotOnline);
 }
 
 #[tokio::test]
@@ -212,7 +212,7 @@ async fn the_newest_session_wins_and_the_same_request_goes_to_it() {
         new
     };
     let (answer, new) = tokio::join!(hub.courier.invite(&pump, invitation("r1"), MINUTE, MINUTE), renewing);
-    assert!(answer.unwrap().accepted);
+    assert!(answer.unwrap().answer.accepted);
     assert_eq!(hub.courier.sessions(), 1);
     drop(new);
     until(|| hub.metrics.device_sessions.get() == 0).await;
