@@ -70,7 +70,10 @@ async fn a_culvert_device_learns_the_policy_and_says_why_it_rejects() {
         device.publish("$iothub/streams/res/400/?$rid=r1&$reason=no%20such%20target").await;
     };
     let (answer, ()) = tokio::join!(hub.courier.invite(&pump, invitation("r1"), MINUTE, MINUTE), answering);
-    assert_eq!(answer.map(|answered| answered.answer), Ok(Answer { accepted: false, reason: Some("no such target".into()) }));
+    assert_eq!(
+        answer.map(|answered| answered.answer),
+        Ok(Answer { accepted: false, reason: Some("no such target".into()) })
+    );
 }
 
 #[tokio::test]
