@@ -12,6 +12,7 @@ use std::{
 
 use super::{
     environment::Environment,
+    footprint::{Footprint, Print, rule_files},
     parts::{FileContents, SecretFile},
     problem::Problem,
     section::Section,
@@ -21,7 +22,7 @@ use crate::{auth::key::decode_key, base::Secret};
 /// Largest configuration file in bytes: 10,000 forwards of 100 bytes each.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
 /// Largest secret, certificate or CA file in bytes: a bundle of all public roots has 250 KiB.
-const MAX_NAMED_FILE: u64 = 1 << 20;
+pub(super) const MAX_NAMED_FILE: u64 = 1 << 20;
 
 /// Everything that was read so far and everything that was wrong with it.
 #[derive(Default)]
@@ -29,7 +30,7 @@ pub(super) struct Sources {
     environment: Environment,
     problems: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
-    files: RefCell<Vec<PathBuf>>,
+    footprint: RefCell<Footprint>,
 }
 
 impl Sources {
@@ -49,23 +50,22 @@ impl Sources {
         self.warnings.borrow_mut().push(warning);
     }
 
-    /// Remembers a file or folder to watch.
-    pub(super) fn remember(&self, path: &Path) {
-        let mut files = self.files.borrow_mut();
-        if !files.iter().any(|known| known == path) {
-            files.push(path.into());
-        }
+    /// Reads a file and remembers how it looked.
+    fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>> {
+        let read = read_bounded(path, max);
+        self.footprint.borrow_mut().insert(path, Print::of_file(&read));
+        read
     }
 
     /// Problems, warnings and files.
-    pub(super) fn into_parts(self) -> (Vec<Problem>, Vec<Problem>, Vec<PathBuf>) {
-        (self.problems.into_inner(), self.warnings.into_inner(), self.files.into_inner())
+    pub(super) fn into_parts(self) -> (Vec<Problem>, Vec<Problem>, Footprint) {
+        (self.problems.into_inner(), self.warnings.into_inner(), self.footprint.into_inner())
     }
 
     /// Reads a configuration file; what keeps it from being read is reported.
     pub(super) fn config_text(&self, path: &Path) -> Option<String> {
-        self.remember(path);
-        let text = read_bounded(path, MAX_CONFIG_FILE)
+        let text = self
+            .read(path, MAX_CONFIG_FILE)
             .and_then(|bytes| String::from_utf8(bytes).map_err(|_| io::Error::other("is not UTF-8 text")));
         text.map_err(|error| {
             let reason = format!("cannot be read: {error}");
@@ -74,27 +74,20 @@ impl Sources {
         .ok()
     }
 
-    /// The `*.toml` files of a folder, by name; hidden files and editors' leavings do not count.
+    /// The files of rules in a folder, which need not be there.
     pub(super) fn folder(&self, folder: &Path) -> Vec<PathBuf> {
-        self.remember(folder);
-        let entries = match fs::read_dir(folder) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+        let listed = rule_files(folder);
+        self.footprint.borrow_mut().insert(folder, Print::of_folder(&listed));
+        match listed {
+            Ok(files) => files,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => {
                 let reason = format!("cannot be read: {error}");
                 self.problem(Problem { file: folder.into(), line: 0, key: String::new(), reason });
-                return Vec::new();
+                Vec::new()
             }
-        };
-        let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| counts(path)).collect();
-        files.sort();
-        files
+        }
     }
-}
-
-fn counts(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-    name.ends_with(b".toml") && !name.starts_with(b".")
 }
 
 /// Reads a regular file up to a size. A pipe or a device would block or never end.
@@ -148,14 +141,12 @@ impl Section<'_> {
             return None;
         }
         let beside = self.document.path.parent().unwrap_or(Path::new("")).join(named);
-        self.sources.remember(&beside);
-        let error = match read_bounded(&beside, MAX_NAMED_FILE) {
+        let error = match self.sources.read(&beside, MAX_NAMED_FILE) {
             Ok(contents) => return Some((beside, contents)),
             Err(error) => error,
         };
         if let Some(credential) = self.sources.environment().credential(Path::new(named)) {
-            self.sources.remember(&credential);
-            if let Ok(contents) = read_bounded(&credential, MAX_NAMED_FILE) {
+            if let Ok(contents) = self.sources.read(&credential, MAX_NAMED_FILE) {
                 return Some((credential, contents));
             }
         }

@@ -3,12 +3,13 @@
 //! Owns the order: read, parse, check, and only then a value. Does not know which keys there are.
 //! Invariant: a configuration with a single problem is not returned at all.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{
     device::DeviceConfig,
     environment::Environment,
     files::Sources,
+    footprint::Footprint,
     hub::HubConfig,
     problem::{LoadError, Problem},
     read,
@@ -23,8 +24,8 @@ pub struct Loaded<T> {
     pub config: T,
     /// What deserves attention but is no mistake.
     pub warnings: Vec<Problem>,
-    /// Every file and folder it came from or could have come from: what to watch.
-    pub files: Vec<PathBuf>,
+    /// Every file and folder it came from or could have come from, as they looked: what to watch.
+    pub files: Footprint,
 }
 
 /// A configuration that can be loaded from a file.

@@ -9,21 +9,25 @@ mod change;
 mod device;
 mod environment;
 mod files;
+mod footprint;
 mod hub;
 mod load;
 mod parts;
 mod problem;
 mod read;
+mod reload;
 #[cfg(test)]
 mod scratch;
 mod section;
 mod service;
 #[cfg(test)]
 mod shipped;
+pub mod watch;
 
 pub use change::{Change, ChangeClass, ChangeKind, Changes};
 pub use device::{DeviceConfig, DeviceLimits, TargetRule};
 pub use environment::{Environment, UserPlaces};
+pub use footprint::Footprint;
 pub use hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig};
 pub use load::{Load, Loaded, load_device, load_hub, load_service};
 pub use parts::{
@@ -31,4 +35,5 @@ pub use parts::{
     ProxyRule, SecretFile, TargetAddress,
 };
 pub use problem::{LoadError, Problem};
+pub use reload::{Outcome, Reload, Reloader};
 pub use service::{ConnectMode, ForwardMode, ForwardRule, ServiceConfig, ServiceLimits};

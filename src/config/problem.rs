@@ -8,6 +8,8 @@ use std::{
     path::PathBuf,
 };
 
+use super::footprint::Footprint;
+
 /// Something wrong, or worth a warning, in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
@@ -52,8 +54,8 @@ impl fmt::Write for OneLine<'_, '_> {
 pub struct LoadError {
     /// At least one.
     pub problems: Vec<Problem>,
-    /// Every file that was read or missed: a change of any of them is a reason to try again.
-    pub files: Vec<PathBuf>,
+    /// Every file that was read or missed, as it looked: a change of any of them is a reason to try again.
+    pub files: Footprint,
 }
 
 impl fmt::Display for LoadError {

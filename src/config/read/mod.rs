@@ -8,9 +8,12 @@ mod hub;
 mod parts;
 mod service;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::section::{Document, Location, Section};
+use super::{
+    problem::Problem,
+    section::{Document, Location, Section},
+};
 
 pub(super) use self::{device::device, hub::hub, service::service};
 
@@ -26,7 +29,7 @@ fn refuse_duplicates<'a, K: PartialEq + std::fmt::Display + 'a>(
     let mut seen: Vec<(K, &Location)> = Vec::new();
     for (item, location) in items {
         match seen.iter().find(|(other, _)| *other == item) {
-            Some((_, first)) => sources.problem(super::problem::Problem {
+            Some((_, first)) => sources.problem(Problem {
                 file: location.file.clone(),
                 line: location.line,
                 key: key.into(),
@@ -48,6 +51,10 @@ fn rules<T>(
     let folder = root.document.path.parent().unwrap_or(Path::new("")).join(folder);
     for path in root.sources.folder(&folder) {
         let Some(text) = root.sources.config_text(&path) else { continue };
+        if text.trim().is_empty() {
+            root.sources.problem(half_written(path));
+            continue;
+        }
         let document = Document::parse(path, &text, root.sources);
         if document.broken {
             continue;
@@ -57,4 +64,10 @@ fn rules<T>(
         more.finish();
     }
     rules
+}
+
+/// Between an editor's truncation and its write a file is empty. Taken at its word it would end every rule it held.
+fn half_written(file: PathBuf) -> Problem {
+    let reason = "is empty; remove the file if its rules are to go".into();
+    Problem { file, line: 0, key: String::new(), reason }
 }
