@@ -145,10 +145,10 @@ impl Section<'_> {
             Ok(contents) => return Some((beside, contents)),
             Err(error) => error,
         };
-        if let Some(credential) = self.sources.environment().credential(Path::new(named)) {
-            if let Ok(contents) = self.sources.read(&credential, MAX_NAMED_FILE) {
-                return Some((credential, contents));
-            }
+        if let Some(credential) = self.sources.environment().credential(Path::new(named))
+            && let Ok(contents) = self.sources.read(&credential, MAX_NAMED_FILE)
+        {
+            return Some((credential, contents));
         }
         let shown = if decode_key(named).is_ok() {
             "the named file (if this is the key itself, put it into a file and name the file)".into()

@@ -19,8 +19,10 @@ pub struct Reloader<T> {
     environment: Environment,
     watcher: Watcher,
     file: T,
-    loading: Option<(Trigger, JoinHandle<Result<Loaded<T>, LoadError>>)>,
+    loading: Option<Loading<T>>,
 }
+
+type Loading<T> = (Trigger, JoinHandle<Result<Loaded<T>, LoadError>>);
 
 /// What came of a change or of a request.
 #[derive(Debug)]
