@@ -8,6 +8,8 @@
 mod filters;
 mod login;
 #[cfg(test)]
+pub(in crate::hub) mod testing;
+#[cfg(test)]
 mod tests;
 mod wire;
 
@@ -27,6 +29,7 @@ use self::{
 };
 use super::{
     courier::{Answer, Attachment, INBOX, Invitation, ToDevice},
+    metrics::Counted,
     shared::HubShared,
 };
 use crate::proto::{
@@ -337,22 +340,6 @@ impl Session<'_> {
             self.attachment.unsubscribed();
         }
         wire.send(&Packet::UnsubAck(id));
-    }
-}
-
-/// One attached session in the gauge.
-struct Counted<'a>(&'a prometheus::IntGauge);
-
-impl<'a> Counted<'a> {
-    fn new(gauge: &'a prometheus::IntGauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 

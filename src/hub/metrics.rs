@@ -85,6 +85,22 @@ impl HubMetrics {
     }
 }
 
+/// One more in a gauge, for as long as it lives.
+pub(in crate::hub) struct Counted<'a>(&'a IntGauge);
+
+impl<'a> Counted<'a> {
+    pub(in crate::hub) fn new(gauge: &'a IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 // The names and labels are constants that a test registers: they cannot be malformed at run time.
 
 fn counter(name: &str, help: &str) -> IntCounter {

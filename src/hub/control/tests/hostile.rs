@@ -4,12 +4,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn bytes_of(packet: &Packet) -> Vec<u8> {
-    let mut bytes = BytesMut::new();
-    mqtt::encode(packet, &mut bytes).unwrap();
-    bytes.to_vec()
-}
-
 fn hello() -> Packet {
     connect("pump", NODE, Some(token("pump", &key(1))))
 }
@@ -181,9 +175,7 @@ async fn the_end_of_a_token_is_the_end_of_its_session() {
 impl Dialogue<DuplexStream> {
     async fn packet_after(&mut self, pause: Duration) -> Option<Packet> {
         tokio::time::sleep(pause).await;
-        let mut bytes = BytesMut::new();
-        mqtt::encode(&Packet::PingReq, &mut bytes).unwrap();
-        self.io.write_all(&bytes).await.ok()?;
+        self.io.write_all(&bytes_of(&Packet::PingReq)).await.ok()?;
         self.packet().await
     }
 }

@@ -5,7 +5,10 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::CertificateDer;
 
 use super::*;
-use crate::hub::{courier::InviteError, record::Thumbprint};
+use crate::{
+    config::FileContents,
+    hub::{courier::InviteError, record::Thumbprint},
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const STREAMS: [&str; 2] = ["$iothub/streams/POST/#", "$iothub/streams/res/#"];
