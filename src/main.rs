@@ -1,3 +1,7 @@
 //! The `culvert` program: see [`culvert::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    culvert::cli::main()
+}

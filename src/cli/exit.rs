@@ -1,0 +1,81 @@
+//! How a command ends: a number for programs, a line for people.
+//!
+//! Owns the exit codes. Does not know which command failed. Invariant: every failure has one of four codes, and its
+//! chain of causes is printed once.
+
+use std::process::ExitCode;
+
+/// Why a command failed, with the code that says whose fault it is.
+#[derive(Debug)]
+pub struct Failure {
+    code: Code,
+    error: anyhow::Error,
+}
+
+/// The result of a command.
+pub type Outcome<T = ()> = Result<T, Failure>;
+
+/// The codes, from sysexits.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// EX_USAGE: the command was wrong.
+    Usage = 64,
+    /// EX_UNAVAILABLE: something outside is missing or refuses.
+    Unavailable = 69,
+    /// EX_SOFTWARE: culvert is wrong.
+    Software = 70,
+    /// EX_CONFIG: a configuration file or a file that it names is wrong.
+    Config = 78,
+}
+
+impl Failure {
+    /// The command as such cannot be done.
+    pub fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Self { code: Code::Usage, error: error.into() }
+    }
+
+    /// Something outside is missing or refuses.
+    pub fn unavailable(error: impl Into<anyhow::Error>) -> Self {
+        Self { code: Code::Unavailable, error: error.into() }
+    }
+
+    /// A bug.
+    pub fn software(error: impl Into<anyhow::Error>) -> Self {
+        Self { code: Code::Software, error: error.into() }
+    }
+
+    /// A configuration file is wrong.
+    pub fn config(error: impl Into<anyhow::Error>) -> Self {
+        Self { code: Code::Config, error: error.into() }
+    }
+
+    /// The code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// Prints the chain on standard error, and yields the process's exit code.
+    pub fn report(&self) -> ExitCode {
+        eprintln!("{}", self.text());
+        ExitCode::from(self.code as u8)
+    }
+
+    /// The chain. The lines of a configuration check stand alone, so that editors can jump to them.
+    fn text(&self) -> String {
+        match self.error.downcast_ref::<crate::config::LoadError>() {
+            Some(problems) => problems.to_string(),
+            None => format!("culvert: {:#}", self.error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chain_is_one_line() {
+        let error = anyhow::Error::new(std::io::Error::other("no route")).context("the hub cannot be reached");
+        assert_eq!(Failure::unavailable(error).text(), "culvert: the hub cannot be reached: no route");
+    }
+}
