@@ -17,7 +17,7 @@ use super::{
 const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
 
 /// Writes what was asked for.
-pub fn run(args: &GenArgs) -> Outcome {
+pub(super) fn run(args: &GenArgs) -> Outcome {
     let written = fs::create_dir_all(&args.dir).and_then(|()| match args.what {
         Generated::Man => clap_mangen::generate_to(Cli::command(), &args.dir),
         Generated::Completions => completions(&args.dir),

@@ -1,0 +1,126 @@
+//! `culvert check`: is a file right, and what would it change?
+//!
+//! Owns which file belongs to which role, and the question to the running daemon. Does not know the keys.
+//! Invariant: a check changes nothing.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::anyhow;
+
+use super::{
+    args::{CheckArgs, Role},
+    exit::{Failure, Outcome},
+};
+use crate::{
+    agent::control_socket::{Answer, Request, call},
+    config::{LoadError, Loaded, Problem, load_device, load_hub, load_service},
+};
+
+/// Runs the command: every file is checked, also behind one that is wrong.
+pub(super) async fn run(args: &CheckArgs) -> Outcome {
+    let mut broken: Option<LoadError> = None;
+    for given in &args.files {
+        let file = main_file(given);
+        let Some(role) = args.role.or_else(|| role_of(&file)) else {
+            let unknown = anyhow!("{}: whose file is it? Say --role hub, device or service", given.display());
+            return Err(Failure::usage(unknown));
+        };
+        match check(&file, role) {
+            Ok(checked) => report(&file, role, checked).await,
+            Err(error) => match &mut broken {
+                None => broken = Some(error),
+                Some(all) => all.problems.extend(error.problems),
+            },
+        }
+    }
+    broken.map_or(Ok(()), |error| Err(Failure::config(error)))
+}
+
+struct Checked {
+    warnings: Vec<Problem>,
+    socket: Option<PathBuf>,
+}
+
+fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
+    fn checked<T>(loaded: Loaded<T>, socket: impl FnOnce(T) -> Option<PathBuf>) -> Checked {
+        Checked { warnings: loaded.warnings, socket: socket(loaded.config) }
+    }
+    Ok(match role {
+        Role::Hub => checked(load_hub(file)?, |config| config.control_socket),
+        Role::Device => checked(load_device(file)?, |config| config.control_socket),
+        Role::Service => checked(load_service(file)?, |config| config.control_socket),
+    })
+}
+
+async fn report(file: &Path, role: Role, checked: Checked) {
+    for warning in &checked.warnings {
+        println!("{warning} (warning)");
+    }
+    println!("{}: good, for the {}", file.display(), role.name());
+    let Some(socket) = checked.socket else { return };
+    // A daemon that cannot be asked is no fault of the file.
+    if let Ok(Answer::Json(plan)) = call(&socket, &Request::Plan).await {
+        print_plan(file, &plan);
+    }
+}
+
+/// The plan is that of the daemon's own file; it says nothing about another.
+fn print_plan(file: &Path, plan: &serde_json::Value) {
+    let daemons = plan["config"].as_str().map(Path::new).and_then(|path| fs::canonicalize(path).ok());
+    if daemons.is_none() || daemons != fs::canonicalize(file).ok() {
+        return;
+    }
+    let changes = plan["changes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if changes.is_empty() {
+        println!("    the running daemon has just this configuration");
+    }
+    for change in changes.iter().filter_map(serde_json::Value::as_str) {
+        println!("    a reload: {change}");
+    }
+}
+
+/// `forwards.d/x.toml` is part of the `service.toml` beside its folder.
+fn main_file(given: &Path) -> PathBuf {
+    let folder = given.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let main = match folder.and_then(Path::file_name).and_then(|name| name.to_str()) {
+        Some("forwards.d") => "service.toml",
+        Some("targets.d") => "device.toml",
+        _ => return given.into(),
+    };
+    folder.map_or_else(|| given.into(), |folder| folder.with_file_name(main))
+}
+
+/// By the file's name, else by a key that only one role has.
+fn role_of(file: &Path) -> Option<Role> {
+    let stem = file.file_stem()?.to_str()?;
+    let roles = [Role::Hub, Role::Device, Role::Service];
+    if let Some(role) = roles.into_iter().find(|role| stem.contains(role.name())) {
+        return Some(role);
+    }
+    let table: toml::Table = fs::read_to_string(file).ok()?.parse().ok()?;
+    [("hostname", Role::Hub), ("policy", Role::Hub), ("target", Role::Device), ("forward", Role::Service)]
+        .into_iter()
+        .find(|(key, _)| table.contains_key(*key))
+        .map(|(_, role)| role)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_tell_whose_they_are() {
+        assert_eq!(role_of(Path::new("/etc/culvert/hub.toml")), Some(Role::Hub));
+        assert_eq!(role_of(Path::new("my-device.toml")), Some(Role::Device));
+        assert_eq!(main_file(Path::new("/etc/culvert/forwards.d/a.toml")), Path::new("/etc/culvert/service.toml"));
+        assert_eq!(main_file(Path::new("targets.d/a.toml")), Path::new("device.toml"));
+        assert_eq!(main_file(Path::new("x.toml")), Path::new("x.toml"));
+        let file = std::env::temp_dir().join(format!("culvert-check-{}.toml", std::process::id()));
+        fs::write(&file, "[[forward]]\nname = \"a\"\n").unwrap();
+        assert_eq!(role_of(&file), Some(Role::Service));
+        fs::remove_file(&file).unwrap();
+    }
+}
