@@ -35,7 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 #[derive(Debug, thiserror::Error)]
 #[error("the metrics listener cannot be opened on {address}")]
 pub struct BindError {
-    address: String,
+    address: SocketAddr,
     #[source]
     source: io::Error,
 }
@@ -48,12 +48,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds `host:port`.
-    pub async fn bind(address: &str) -> Result<Self, BindError> {
-        let error = |source| BindError { address: address.into(), source };
+    /// Binds `address`. Beside addresses, `localhost` and this machine's own name, a Host header may carry
+    /// `allowed_hosts`.
+    pub async fn bind(address: SocketAddr, allowed_hosts: &[String]) -> Result<Self, BindError> {
+        let error = |source| BindError { address, source };
         let listener = TcpListener::bind(address).await.map_err(error)?;
         let addr = listener.local_addr().map_err(error)?;
-        let mut names = vec!["localhost".to_owned(), strip_port(address).to_owned()];
+        let mut names = vec!["localhost".to_owned()];
+        names.extend(allowed_hosts.iter().map(|name| strip_port(name).to_owned()));
         names.extend(std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()));
         Ok(Self { listener, addr, names })
     }
@@ -238,7 +240,7 @@ mod tests {
 
     #[tokio::test]
     async fn it_answers_scrapers_and_refuses_foreign_names() {
-        let server = Server::bind("127.0.0.1:0").await.unwrap();
+        let server = Server::bind(([127, 0, 0, 1], 0).into(), &["metrics.example".into()]).await.unwrap();
         let addr = server.addr();
         let registry = Registry::new();
         let metrics = super::super::DaemonMetrics::register("service", &registry).unwrap();
@@ -256,6 +258,7 @@ mod tests {
         assert!(get(addr, &host, "/readyz?forward=pump-17-ssh").await.contains("usable"));
         assert!(get(addr, &host, "/readyz?forward=nobody").await.starts_with("HTTP/1.1 404"));
         assert!(get(addr, "[::1]:1", "/healthz").await.starts_with("HTTP/1.1 200"));
+        assert!(get(addr, "metrics.example:9464", "/healthz").await.starts_with("HTTP/1.1 200"));
         for name in ["evil.example", "localhost.evil.example:9464", "127.0.0.1.evil.example"] {
             assert!(get(addr, name, "/metrics").await.starts_with("HTTP/1.1 403"), "{name}");
         }
