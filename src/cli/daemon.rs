@@ -141,8 +141,7 @@ struct Life<C> {
 
 enum Event<C> {
     Turn,
-    Hangup,
-    Stop,
+    Asked(Asked),
     Reloaded(Reload<C>),
     Ended(Result<(), JoinError>),
 }
@@ -152,7 +151,7 @@ impl<C: Load + Changes + Sync> Life<C> {
         loop {
             match self.next().await {
                 Event::Turn => self.turn(),
-                Event::Hangup => {
+                Event::Asked(Asked::Reload) => {
                     systemd::reloading();
                     self.poker.poke();
                 }
@@ -161,7 +160,7 @@ impl<C: Load + Changes + Sync> Life<C> {
                     // Also after a refused reload: what ran before runs on, and `systemctl reload` must return.
                     self.say_ready();
                 }
-                Event::Stop => return self.stop().await,
+                Event::Asked(Asked::Stop) => return self.stop().await,
                 Event::Ended(Ok(())) => return Err(Failure::software(anyhow!("the daemon stopped by itself"))),
                 Event::Ended(Err(error)) => return Err(Failure::software(error)),
             }
@@ -171,7 +170,7 @@ impl<C: Load + Changes + Sync> Life<C> {
     async fn next(&mut self) -> Event<C> {
         tokio::select! {
             Some(ended) = self.role.join_next() => Event::Ended(ended),
-            signal = self.signals.next() => signal,
+            asked = self.signals.next() => Event::Asked(asked),
             reload = self.reloader.next() => Event::Reloaded(reload),
             _ = self.turns.tick() => Event::Turn,
         }
@@ -199,7 +198,7 @@ impl<C: Load + Changes + Sync> Life<C> {
         loop {
             tokio::select! {
                 Some(ended) = self.role.join_next() => return ended.map_err(Failure::software),
-                signal = self.signals.next() => if matches!(signal, Event::Stop) {
+                asked = self.signals.next() => if asked == Asked::Stop {
                     tracing::warn!("stopped before everything had drained");
                     self.role.shutdown().await;
                     return Ok(());
@@ -238,11 +237,18 @@ impl Signals {
         })
     }
 
-    async fn next<C>(&mut self) -> Event<C> {
+    async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => Event::Stop,
-            _ = self.interrupt.recv() => Event::Stop,
-            _ = self.hangup.recv() => Event::Hangup,
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.hangup.recv() => Asked::Reload,
         }
     }
+}
+
+/// What a signal means.
+#[derive(PartialEq)]
+enum Asked {
+    Stop,
+    Reload,
 }

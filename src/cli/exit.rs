@@ -64,9 +64,18 @@ impl Failure {
     fn text(&self) -> String {
         match self.error.downcast_ref::<crate::config::LoadError>() {
             Some(problems) => problems.to_string(),
-            None => format!("culvert: {:#}", self.error),
+            None => format!("culvert: {}", chain(&self.error)),
         }
     }
+}
+
+/// Each level's fact, from the outermost inwards, once: some errors of libraries repeat their cause.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told {
+        told if told.is_empty() => cause,
+        told if told.contains(&cause) => told,
+        told => told + ": " + &cause,
+    })
 }
 
 #[cfg(test)]

@@ -3,18 +3,26 @@
 //! Owns commands, exit codes, signals and the order of starting and stopping. Does not know protocols.
 //! Invariant: a daemon that has said it is ready ends only by a signal or by a bug, never for the network.
 
+mod api;
 pub mod args;
+mod check;
+mod connect;
+mod daemon;
 pub mod exit;
 mod generate;
 mod init;
+mod logs;
 mod pki;
+mod places;
+mod registry;
+mod streams;
 
 use std::process::ExitCode;
 
 use clap::{Parser as _, error::ErrorKind};
 
 use args::{Cli, Command, HubAction};
-use exit::{Code, Outcome};
+use exit::{Code, Failure, Outcome};
 
 /// Runs the program on this process's arguments.
 pub fn main() -> ExitCode {
@@ -41,8 +49,23 @@ fn run(command: Command) -> Outcome {
         Command::Gen(args) => generate::run(&args),
         Command::Hub(args) => match args.action {
             Some(HubAction::Init(args)) => init::run(&args),
-            None => todo!(),
+            None => Err(Failure::software(anyhow::anyhow!("not wired yet"))),
         },
-        _ => todo!(),
+        Command::Device(_) | Command::Service(_) | Command::Quickstart(_) => {
+            Err(Failure::software(anyhow::anyhow!("not wired yet")))
+        }
+        Command::Logs(args) => logs::run(&args),
+        Command::Check(args) => once(check::run(&args)),
+        Command::Registry(args) => once(registry::run(&args)),
+        Command::DeviceStream(args) => once(streams::run(&args)),
+        Command::Connect(args) => once(connect::run(&args)),
     }
+}
+
+/// Runs a command that ends by itself. Whatever still blocks then, such as a read of the terminal, is left behind.
+fn once(command: impl Future<Output = Outcome>) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::unavailable)?;
+    let ended = runtime.block_on(command);
+    runtime.shutdown_background();
+    ended
 }

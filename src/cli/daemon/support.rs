@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Daemon, apply::Applier, control::Control};
 use crate::{
-    agent::control_socket::{BindError, ControlSocket},
+    agent::control_socket::{BindError, ControlHandler, ControlSocket},
     cli::exit::{Failure, Outcome},
     config::MetricsConfig,
     telemetry::{
@@ -51,22 +51,19 @@ impl Support {
         };
         if let Some(socket) = socket {
             let (in_force, role) = (applier.in_force.clone(), applier.role.clone());
-            support.control(&socket, Control { file: file.into(), in_force, role }).await?;
+            support.control(&socket, Arc::new(Control { file: file.into(), in_force, role })).await?;
         }
-        support.metrics(metrics, registry, Arc::new(ByHandle(applier.role.clone())));
+        support.metrics(metrics, registry, applier.role.clone());
         let (loops, shutdown) = (support.loops.clone(), support.shutdown.clone());
         support.tasks.spawn(systemd::feed_watchdog(loops, shutdown));
         support.tasks.spawn(turn(support.loops.enter(), support.shutdown.clone()));
         Ok(support)
     }
 
-    async fn control<C>(&mut self, path: &Path, control: Control<C>) -> Outcome
-    where
-        Control<C>: crate::agent::control_socket::ControlHandler + 'static,
-    {
+    async fn control(&mut self, path: &Path, handler: Arc<dyn ControlHandler>) -> Outcome {
         match ControlSocket::bind(path).await {
             Ok(socket) => {
-                self.tasks.spawn(socket.run(Arc::new(control), self.shutdown.clone()));
+                self.tasks.spawn(socket.run(handler, self.shutdown.clone()));
                 Ok(())
             }
             Err(error @ BindError::InUse(_)) => Err(Failure::unavailable(error)),
@@ -88,19 +85,6 @@ impl Support {
     pub(super) async fn end(mut self) {
         self.shutdown.cancel();
         while self.tasks.join_next().await.is_some() {}
-    }
-}
-
-/// A role's health alone.
-struct ByHandle<C>(Arc<dyn super::Running<C>>);
-
-impl<C: 'static> Health for ByHandle<C> {
-    fn ready(&self) -> Result<(), Vec<String>> {
-        self.0.ready()
-    }
-
-    fn forward(&self, name: &str) -> futures_util::future::BoxFuture<'_, crate::telemetry::ForwardHealth> {
-        self.0.forward(name)
     }
 }
 
