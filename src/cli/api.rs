@@ -68,7 +68,13 @@ impl Api {
     }
 
     /// Sends a request to a path of encoded segments, and yields the JSON of a good answer.
-    pub(super) async fn call(&self, method: Method, path: &str, body: Option<&Value>, etag: Option<&str>) -> Outcome<Value> {
+    pub(super) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        etag: Option<&str>,
+    ) -> Outcome<Value> {
         let mut headers = vec![(header::AUTHORIZATION, self.token()?)];
         headers.push((header::USER_AGENT, HeaderValue::from_static(concat!("culvert/", env!("CARGO_PKG_VERSION")))));
         if body.is_some() {

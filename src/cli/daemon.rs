@@ -26,9 +26,7 @@ use super::{
 };
 use crate::{
     agent::control_socket::ControlHandler,
-    config::{
-        Changes, Environment, Load, Loaded, LogConfig, LogFormat, MetricsConfig, Reload, Reloader, watch::Poker,
-    },
+    config::{Changes, Environment, Load, Loaded, LogConfig, LogFormat, MetricsConfig, Reload, Reloader, watch::Poker},
     telemetry::{
         DaemonMetrics, Health, LogHandle, LogOptions, log, metrics,
         systemd::{self, Beat, Loops},

@@ -21,7 +21,10 @@ pub(super) fn config_file(given: Option<&Path>, role: Role) -> PathBuf {
 
 /// A file of that name in the user's or the system's configuration folder.
 pub(super) fn find(name: &str) -> PathBuf {
-    user_folder().map(|folder| folder.join(name)).filter(|file| file.exists()).unwrap_or_else(|| Path::new(SYSTEM).join(name))
+    user_folder()
+        .map(|folder| folder.join(name))
+        .filter(|file| file.exists())
+        .unwrap_or_else(|| Path::new(SYSTEM).join(name))
 }
 
 /// `$XDG_CONFIG_HOME/culvert`, or `~/.config/culvert`; none for root.

@@ -3,12 +3,7 @@
 //! Owns their tasks. Does not know the role. Invariant: they are up while the role drains, and none of them keeps a
 //! daemon from starting except a second daemon on the same control socket.
 
-use std::{
-    net::SocketAddr,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use prometheus::Registry;
 use tokio::task::JoinSet;
