@@ -4,13 +4,15 @@
 //! judges whether an admission still holds. Does not know any protocol.
 //! Invariant: an admission that no longer holds is noticed by whoever awaits [`HubShared::revoked`].
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc};
 
+use futures_util::FutureExt as _;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     bridge::Bridges, courier::Courier, limits::Newcomers, metrics::HubMetrics, record::Admission, registry::Registry,
+    resource_log::{Initiated, ResourceLog},
 };
 use crate::{
     auth::{Rights, connstr::DEFAULT_PORT},
@@ -32,6 +34,8 @@ pub struct HubShared {
     /// Who may still be counted as a stranger.
     pub newcomers: Newcomers,
     pub(in crate::hub) bridges: Bridges,
+    log: Option<ResourceLog>,
+    tasks: TaskTracker,
     config: watch::Sender<Arc<HubConfig>>,
 }
 
@@ -41,7 +45,34 @@ impl HubShared {
         let bridges = Bridges::new(metrics.clone(), config.limits.write_stall_timeout);
         let config = watch::Sender::new(Arc::new(config));
         let (courier, newcomers) = (Courier::default(), Newcomers::default());
-        Self { registry, courier, metrics, shutdown, newcomers, bridges, config }
+        Self { registry, courier, metrics, shutdown, newcomers, bridges, log: None, tasks: TaskTracker::new(), config }
+    }
+
+    /// Where initiations are recorded.
+    pub(in crate::hub) fn log_to(&mut self, log: ResourceLog) {
+        self.log = Some(log);
+    }
+
+    pub(in crate::hub) fn record(&self, initiated: Initiated) {
+        if let Some(log) = &self.log {
+            log.record(initiated);
+        }
+    }
+
+    /// Runs a connection's task. Its panic ends it alone and is counted.
+    pub(in crate::hub) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let panics = self.metrics.task_panics.clone();
+        self.tasks.spawn(async move {
+            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+                panics.inc();
+            }
+        });
+    }
+
+    /// Waits until the last task has ended. Call after `shutdown` was cancelled.
+    pub(in crate::hub) async fn tasks_ended(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
     /// The configuration in force. Take it once per request or session, not once per byte.

@@ -218,6 +218,13 @@ impl Bridges {
         Some(Seat { side, inbox })
     }
 
+    /// True if this ticket would be redeemed.
+    pub(in crate::hub) fn knows(&self, token: &[u8], sid: &str, side: Side) -> bool {
+        let table = self.lock();
+        let ticket = table.tickets.get(&TicketHash::of_token(token));
+        ticket.is_some_and(|(ticket_sid, ticket_side)| &*ticket_sid.0 == sid && *ticket_side == side)
+    }
+
     /// The device says that its leg of this bridge is gone: the service need not wait for a time-out.
     pub(in crate::hub) fn device_lost(&self, identity: &Identity, sid: &str) {
         let table = self.lock();
