@@ -70,7 +70,10 @@ pub(in crate::hub) async fn initiate(hub: &HubShared, wish: &Initiation) -> Resu
         policy: wish.caller.policy.clone(),
         rid: random::uuid(),
     };
-    let invited = hub.courier.invite(&wish.identity, invitation, wish.connect, wish.response).await;
+    let invited = tokio::select! {
+        invited = hub.courier.invite(&wish.identity, invitation, wish.connect, wish.response) => invited,
+        () = hub.shutdown.cancelled() => return Err(ApiError::Unavailable { retry_after: RETRY_AFTER }),
+    };
     let Answered { answer, admission } = invited.map_err(|error| match error {
         InviteError::NotOnline => ApiError::DeviceNotOnline { timeout: wish.connect },
         InviteError::NoAnswer => ApiError::GatewayTimeout { timeout: wish.response },

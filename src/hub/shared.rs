@@ -11,7 +11,12 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    bridge::Bridges, courier::Courier, limits::Newcomers, metrics::HubMetrics, record::Admission, registry::Registry,
+    bridge::Bridges,
+    courier::Courier,
+    limits::Newcomers,
+    metrics::HubMetrics,
+    record::Admission,
+    registry::Registry,
     resource_log::{Initiated, ResourceLog},
 };
 use crate::{

@@ -26,7 +26,10 @@ use self::{
     frames::PeerClose,
     relay::{BufferPool, Counters, Ended, Relay, Relayed},
 };
-use super::{metrics::HubMetrics, record::Admission};
+use super::{
+    metrics::{Counted, HubMetrics},
+    record::Admission,
+};
 use crate::{
     auth::{Ticket, TicketHash},
     base::{Identity, Name, Secret, StreamName},
@@ -112,6 +115,7 @@ struct Table {
 struct Entry {
     about: About,
     device_admission: Option<Admission>,
+    joined: bool,
     tickets: [TicketHash; 2],
     inbox: mpsc::Sender<ToBridge>,
     stop: watch::Sender<Option<Stop>>,
@@ -199,7 +203,7 @@ impl Bridges {
         *of_device += 1;
         table.tickets.insert(tickets[0], (sid.clone(), Side::Service));
         table.tickets.insert(tickets[1], (sid.clone(), Side::Device));
-        table.bridges.insert(sid.clone(), Entry { about, device_admission: None, tickets, inbox, stop });
+        table.bridges.insert(sid.clone(), Entry { about, device_admission: None, joined: false, tickets, inbox, stop });
         drop(table);
         self.inner.tasks.spawn(life.run(legs, stopped, expires));
         Ok(Reservation { bridges: self.clone(), sid, service, device, kept: false })
@@ -242,10 +246,10 @@ impl Bridges {
         }
     }
 
-    /// Ends mux bridges, which resume elsewhere or later; plain ones too if asked. Unfinished ones end in any case.
+    /// Ends mux bridges, which resume elsewhere or later, and unfinished ones; plain ones too if asked.
     pub(in crate::hub) fn shut_down(&self, plain: Plain) {
         for entry in self.lock().bridges.values() {
-            if entry.about.is_mux() || plain == Plain::End {
+            if entry.about.is_mux() || !entry.joined || plain == Plain::End {
                 entry.stop.send_replace(Some(Stop::Shutdown));
             }
         }
@@ -327,7 +331,10 @@ impl Life {
 
     async fn relay(&self, service: BoxedLeg, device: BoxedLeg, mut stop: watch::Receiver<Option<Stop>>) {
         let inner = &self.bridges.inner;
-        let _open = OpenBridge::count(&inner.metrics);
+        let _open = Counted::new(&inner.metrics.bridges_open);
+        if let Some(entry) = self.bridges.lock().bridges.get_mut(&self.sid) {
+            entry.joined = true;
+        }
         tracing::debug!(sid = %self.sid, device = %self.about.identity, stream = %self.about.stream, "bridge joined");
         let counters = Counters {
             to_device: inner.metrics.relayed_bytes.with_label_values(&["to_device"]),
@@ -443,6 +450,9 @@ impl Verdict {
             Side::Service => relay.service.ended(),
             Side::Device => relay.device.ended(),
         };
+        if let Some(ended) = ended {
+            tracing::debug!(?side, how = %ended, "a leg ended");
+        }
         let (clean, to_ended) = last_frame(ended);
         let survivor = if clean { frames::close(1000, "") } else { frames::close(DISCONNECTED.0, DISCONNECTED.1) };
         let (reason, to_service, to_device) = match side {
@@ -483,22 +493,6 @@ struct Forget {
 impl Drop for Forget {
     fn drop(&mut self) {
         self.bridges.forget(&self.sid);
-    }
-}
-
-/// Counts a joined bridge.
-struct OpenBridge(prometheus::IntGauge);
-
-impl OpenBridge {
-    fn count(metrics: &HubMetrics) -> Self {
-        metrics.bridges_open.inc();
-        Self(metrics.bridges_open.clone())
-    }
-}
-
-impl Drop for OpenBridge {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 

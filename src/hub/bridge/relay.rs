@@ -74,6 +74,18 @@ pub(super) enum Ended {
     Violated(Violation),
 }
 
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Closed(PeerClose { code: Some(code) }) => write!(f, "closed with {code}"),
+            Self::Closed(PeerClose { code: None }) => f.write_str("closed"),
+            Self::Lost(Some(error)) => write!(f, "lost: {error}"),
+            Self::Lost(None) => f.write_str("ended without a Close"),
+            Self::Violated(violation) => write!(f, "violated the protocol: {violation}"),
+        }
+    }
+}
+
 /// One direction's bytes under way.
 #[derive(Default)]
 struct Pipe {
