@@ -123,8 +123,8 @@ fn compare_rules<R: Rule>(running: &[R], next: &[R], changes: &mut Vec<Change>) 
     }
 }
 
-/// Gives each field of a type its class: `Live`, `NextCarrier`, `Restart`, `Rules` (by name, live) or `Within` (a
-/// part whose own fields have classes).
+/// Gives each field of a type its class: `Live`, `NextCarrier`, `Restart`, `Rules` (by name, live), `Within` (a
+/// section whose own fields have classes) or `Flat` (the same, but written in the section of its owner).
 macro_rules! classes {
     ($type:ident { $($field:ident: $class:ident),* $(,)? }) => {
         impl Changes for $type {
@@ -142,6 +142,9 @@ macro_rules! classes {
     (@compare Within, $field:ident, $next:expr, $prefix:ident, $changes:ident) => {
         $field.compare($next, &format!("{}{}.", $prefix, stringify!($field)), $changes)
     };
+    (@compare Flat, $field:ident, $next:expr, $prefix:ident, $changes:ident) => {
+        $field.compare($next, $prefix, $changes)
+    };
     (@compare Rules, $field:ident, $next:expr, $prefix:ident, $changes:ident) => {
         compare_rules($field, $next, $changes)
     };
@@ -153,6 +156,7 @@ macro_rules! classes {
     };
     (@keep Restart, $field:ident, $running:expr) => { $field.clone_from($running) };
     (@keep Within, $field:ident, $running:expr) => { $field.keep($running) };
+    (@keep Flat, $field:ident, $running:expr) => { $field.keep($running) };
     (@keep $class:ident, $field:ident, $running:expr) => { let _ = $field; };
 }
 
@@ -187,7 +191,7 @@ classes!(DeviceConfig {
     log: Within,
 });
 
-classes!(DeviceLimits { max_services: Live, max_plain: Live, max_connections: Live, link: Within });
+classes!(DeviceLimits { max_services: Live, max_plain: Live, max_connections: Live, link: Flat });
 
 classes!(ServiceConfig {
     connection_string: NextCarrier,
@@ -202,7 +206,7 @@ classes!(ServiceConfig {
     log: Within,
 });
 
-classes!(ServiceLimits { max_connections: Live, max_connections_per_device: Live, link: Within });
+classes!(ServiceLimits { max_connections: Live, max_connections_per_device: Live, link: Flat });
 classes!(LinkLimits {
     max_channels: NextCarrier,
     max_buffered: NextCarrier,
@@ -248,7 +252,7 @@ mod tests {
                 "forward gone: removed (takes effect at once)",
                 "forward moved: changed (takes effect at once)",
                 "forward new: added (takes effect at once)",
-                "limits.link.max_replay_total: changed (restart needed)",
+                "limits.max_replay_total: changed (restart needed)",
                 "log.level: changed (takes effect at once)",
                 "log.format: changed (restart needed)",
             ]

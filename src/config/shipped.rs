@@ -17,8 +17,7 @@ fn load<T: Load + Debug>(scratch: &Scratch, text: &str) -> T {
 
 /// The file with every line of the form `#key = value` switched on.
 fn with_defaults_switched_on(text: &str) -> String {
-    let commented = |line: &str| line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase());
-    let lines = text.lines().map(|line| if commented(line) { &line[1..] } else { line });
+    let lines = text.lines().map(|line| if is_default(line) { &line[1..] } else { line });
     lines.collect::<Vec<_>>().join("\n")
 }
 
@@ -45,12 +44,55 @@ fn assert_every_key_is_shown<T: Load + Debug>(scratch: &Scratch, text: &str) {
     }
 }
 
+/// Every default in the file, replaced by something else, makes another configuration: no key is without effect.
+fn assert_every_key_has_an_effect<T: Load + Debug>(scratch: &Scratch, text: &str, config: &T) {
+    let lines: Vec<&str> = text.lines().collect();
+    for (index, line) in lines.iter().enumerate().filter(|(_, line)| is_default(line)) {
+        let mut changed: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
+        changed[index] = something_else(&line[1..]);
+        let path = scratch.write("shipped.toml", changed.join("\n"));
+        let loaded = T::load(&path, &Environment::default());
+        let loaded = loaded.unwrap_or_else(|error| panic!("{}: {error}", changed[index]));
+        assert_ne!(loaded.config, *config, "{} has no effect", changed[index]);
+    }
+}
+
+/// Another value that is valid too.
+fn something_else(line: &str) -> String {
+    let (key, value) = line.split_once(" = ").unwrap();
+    let value = value.split(" #").next().unwrap().trim();
+    let other = match (key, value) {
+        ("level", _) => "\"info,culvert::hub=debug\"",
+        ("format", _) => "\"json\"",
+        ("mode", _) => "\"plain\"",
+        ("connect", _) => "\"on-demand\"",
+        ("max_replay_total", _) => "\"1GiB\"",
+        ("max_channels", _) => "17",
+        ("mqtt_listen", _) => "[]",
+        ("listen", list) if list.starts_with('[') => "[\"127.0.0.1:1\", \"[::1]:1\"]",
+        ("listen", _) => "\"off\"",
+        (_, "true") => "false",
+        (_, "false") => "true",
+        (_, "[]") => "[\"other.example.com\"]",
+        (_, text) if text.starts_with("\"/") => "\"/elsewhere\"",
+        (_, text) if text.ends_with("B\"") => "\"1MiB\"",
+        (_, text) if text.starts_with('"') => "\"17s\"",
+        _ => "17",
+    };
+    format!("{key} = {other}")
+}
+
+fn is_default(line: &str) -> bool {
+    line.strip_prefix('#').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()))
+}
+
 fn check<T: Load + Debug>(text: &str, files: fn(&Scratch)) -> T {
     let scratch = Scratch::new();
     files(&scratch);
     let config: T = load(&scratch, text);
     assert_eq!(load::<T>(&scratch, &with_defaults_switched_on(text)), config);
     assert_every_key_is_shown::<T>(&scratch, text);
+    assert_every_key_has_an_effect(&scratch, text, &config);
     for (index, line) in text.lines().enumerate() {
         assert!(line.chars().count() <= 120, "line {} is too long", index + 1);
     }
@@ -89,4 +131,28 @@ fn the_services_file_is_true() {
     )];
     expected.control_socket = Some("/run/culvert/service.sock".into());
     assert_eq!(config, expected);
+}
+
+proptest::proptest! {
+    /// Whatever a file holds: no panic, and every problem is one line with a place.
+    #[test]
+    fn a_damaged_file_is_refused_in_words(at in 0usize..4000, cut in 0usize..40, put in ".{0,8}") {
+        let scratch = Scratch::new();
+        device_files(&scratch);
+        service_files(&scratch);
+        damage::<DeviceConfig>(&scratch, include_str!("../../config/device.toml"), at, cut, &put);
+        damage::<ServiceConfig>(&scratch, include_str!("../../config/service.toml"), at, cut, &put);
+    }
+}
+
+fn damage<T: Load + Debug>(scratch: &Scratch, text: &str, at: usize, cut: usize, put: &str) {
+    let switched_on = with_defaults_switched_on(text);
+    let (at, cut) = (at % switched_on.len(), cut.min(switched_on.len() - at % switched_on.len()));
+    let mut damaged = switched_on.into_bytes();
+    damaged.splice(at..at + cut, put.bytes());
+    let path = scratch.write("shipped.toml", damaged);
+    if let Err(error) = T::load(&path, &Environment::default()) {
+        assert!(!error.problems.is_empty());
+        assert_eq!(error.to_string().lines().count(), error.problems.len());
+    }
 }
