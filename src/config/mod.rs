@@ -4,6 +4,10 @@
 //! Does not know what runs: comparing wanted with running is the business of whoever runs it. Invariant: a value
 //! of [`HubConfig`], [`DeviceConfig`] or [`ServiceConfig`] that was loaded passed every check, and printing it
 //! shows no secret.
+//!
+//! To add a key: a field with its reason in `hub.rs`, `device.rs` or `service.rs` and its default in `new` or
+//! `Default`; a line in `read/`; a class in `change.rs`; a line in the shipped file. The compiler asks for the
+//! class, the tests hold the shipped file and the reader to each other.
 
 mod change;
 mod device;
@@ -22,6 +26,7 @@ mod section;
 mod service;
 #[cfg(test)]
 mod shipped;
+mod value;
 pub mod watch;
 
 pub use change::{Change, ChangeClass, ChangeKind, Changes};

@@ -8,11 +8,12 @@ use std::net::SocketAddr;
 use super::{parts, refuse_duplicates};
 use crate::{
     auth::{Rights, key::decode_key},
-    base::Secret,
+    base::{DeviceId, IdError, Secret},
     config::{
         hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig},
         parts::host_is_valid,
-        section::{Location, Section, SocketAddress},
+        section::{Location, Section},
+        value::SocketAddress,
     },
 };
 
@@ -182,11 +183,11 @@ impl std::str::FromStr for DevicePattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let invalid = |error: crate::base::IdError| error.to_string();
+        let invalid = |error: IdError| error.to_string();
         match text.strip_suffix('*') {
-            Some("") => Ok(Self::Prefix(String::new())),
             Some(prefix) => {
-                prefix.trim_matches('.').parse::<crate::base::DeviceId>().map_err(invalid)?;
+                // What an ID could begin with: it is one with a letter behind it.
+                format!("{prefix}x").parse::<DeviceId>().map_err(invalid)?;
                 Ok(Self::Prefix(prefix.into()))
             }
             None => Ok(Self::Exact(text.parse().map_err(invalid)?)),

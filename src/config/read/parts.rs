@@ -11,7 +11,8 @@ use crate::{
         parts::{
             Certificate, FileContents, LinkLimits, LogConfig, LogFormat, MetricsConfig, Proxy, ProxyRule, host_is_valid,
         },
-        section::{Section, SocketAddress},
+        section::Section,
+        value::SocketAddress,
     },
 };
 

@@ -253,7 +253,7 @@ async fn a_writer_is_given_time_to_finish() {
     settle(&mut watcher).await;
     let mut file = fs::File::create(&path).unwrap();
     file.write_all(main_file(&["half"]).as_bytes()).unwrap();
-    while !watcher.inbox.is_being_written() {
+    while watcher.unrest.is_none() || !watcher.inbox.is_being_written() {
         let action = watcher.next().await;
         assert!(matches!(action, Action::Stirred));
         assert!(watcher.apply(action).is_none());
