@@ -25,8 +25,8 @@ pub enum HandshakeError {
     #[error("the server ended the TLS handshake: {}", alert_text(*.0))]
     Alert(AlertDescription),
     /// The other end does not speak TLS, or not one we speak.
-    #[error("no common TLS: {0}")]
-    Protocol(#[source] rustls::Error),
+    #[error("the other end does not speak TLS, or none that we do: {0}; is it an HTTPS port?")]
+    Protocol(rustls::Error),
     /// The connection ended in the middle of the handshake.
     #[error("the connection ended during the TLS handshake")]
     Io(#[source] io::Error),
