@@ -4,10 +4,13 @@
 //! judges whether an admission still holds. Does not know any protocol.
 //! Invariant: an admission that no longer holds is noticed by whoever awaits [`HubShared::revoked`].
 
-use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc};
+use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -24,6 +27,11 @@ use crate::{
     base::{DeviceId, Identity, Name, Secret},
     config::{HubConfig, PublicUrl},
 };
+
+/// The first change is looked at immediately, later ones at most this often: each of 100,000 sessions looks, and a
+/// bulk import changes the registry hundreds of times per second. Well below the 5 s within which a revocation takes
+/// effect.
+const RECHECK: Duration = Duration::from_secs(1);
 
 /// Shared by reference (`Arc`) by all tasks of the hub.
 #[derive(Debug)]
@@ -147,12 +155,15 @@ impl HubShared {
     /// Resolves when `admission` no longer admits `identity`.
     pub async fn revoked(&self, identity: &Identity, admission: &Admission) {
         let (mut registry, mut config) = (self.registry.changes(), self.config.subscribe());
+        let mut due = Instant::now();
         while self.admits_device(identity, admission) {
             // Neither sender can be dropped while `self` is borrowed.
             tokio::select! {
                 _ = registry.changed() => {}
                 _ = config.changed() => {}
             }
+            sleep_until(due).await;
+            due = Instant::now() + RECHECK;
         }
     }
 }
