@@ -74,8 +74,8 @@ fn hash<T: Hash>(value: T) -> u64 {
 
 /// The `*.toml` files of a folder, by name; hidden files and editors' leavings do not count.
 pub(super) fn rule_files(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder)?;
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| counts(path)).collect();
+    let entries: io::Result<Vec<fs::DirEntry>> = fs::read_dir(folder)?.collect();
+    let mut files: Vec<PathBuf> = entries?.iter().map(fs::DirEntry::path).filter(|path| counts(path)).collect();
     files.sort();
     Ok(files)
 }

@@ -126,6 +126,31 @@ async fn kubernetes_swaps_a_link() {
     expect(&mut reloader, &["c"]).await;
 }
 
+/// The same for a folder of rules: the mounted folder stays, every file in it is a link, and keys come and go.
+#[tokio::test]
+async fn kubernetes_mounts_a_folder_of_rules() {
+    let (scratch, _) = world();
+    let publish = |version: &str, names: &[&str]| {
+        for (index, name) in names.iter().enumerate() {
+            let rule = rules(&[name]).replace(":1", &format!(":{}", index + 10));
+            scratch.write(&format!("forwards.d/{version}/{name}.toml"), rule);
+            let link = scratch.path(format!("forwards.d/{name}.toml"));
+            if !link.is_symlink() {
+                symlink(format!("..data/{name}.toml"), link).unwrap();
+            }
+        }
+        symlink(version, scratch.path("forwards.d/..data_tmp")).unwrap();
+        fs::rename(scratch.path("forwards.d/..data_tmp"), scratch.path("forwards.d/..data")).unwrap();
+    };
+    publish("..1", &["x"]);
+    let mut reloader = reloader(scratch.path("service.toml"));
+    publish("..2", &["x", "y"]);
+    expect(&mut reloader, &["a", "x", "y"]).await;
+    publish("..3", &["x"]);
+    fs::remove_file(scratch.path("forwards.d/y.toml")).unwrap();
+    expect(&mut reloader, &["a", "x"]).await;
+}
+
 #[tokio::test]
 async fn a_folder_removed_and_made_again() {
     let scratch = Scratch::new();
