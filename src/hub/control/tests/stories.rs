@@ -228,11 +228,12 @@ async fn the_newest_session_wins_and_the_same_request_goes_to_it() {
 async fn revocation_ends_what_it_admitted_and_nothing_else() {
     let hub = hub().await;
     let keys = |first, second| Authentication::Keys { primary: key(first), secondary: key(second) };
-    let device = ready(&hub, NODE).await;
+    let mut device = ready(&hub, NODE).await;
     // The other key is exchanged, another device changes: nothing happens to this session.
     put(&hub.registry, "pump", keys(1, 0x77), true).await;
     put(&hub.registry, "kiosk", keys(8, 9), false).await;
-    assert!(hub.courier.is_attached(&id("pump")));
+    device.send(&Packet::PingReq).await;
+    assert_eq!(device.packet().await, Some(Packet::PingResp));
     put(&hub.registry, "pump", keys(0x78, 0x77), true).await;
     assert!(matches!(device.end().await, End::Revoked));
 
@@ -353,4 +354,26 @@ async fn the_device_ca_vouches_for_the_common_name_only() {
         let mut device = Dialogue::tcp(&hub, vec![certificate]).await;
         assert_eq!(device.log_in(&connect(identity, NODE, None)).await, code, "{identity}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bulk_import_is_looked_at_once_a_second_and_a_revocation_in_it_takes_effect() {
+    let hub = hub().await;
+    let (identity, admission) = (id("pump"), crate::hub::record::Admission::Key(key(1)));
+    let began = Instant::now();
+    let importing = async {
+        for n in 0..40u8 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let keys = Authentication::Keys { primary: key(1), secondary: key(2) };
+            put(&hub.registry, &format!("new-{n}"), keys, true).await;
+        }
+        put(&hub.registry, "pump", Authentication::Authority, true).await;
+        began.elapsed()
+    };
+    let revoked = async {
+        hub.revoked(&identity, &admission).await;
+        began.elapsed()
+    };
+    let (written, noticed) = tokio::join!(importing, revoked);
+    assert!(noticed >= written && noticed <= written + Duration::from_secs(1), "{written:?} {noticed:?}");
 }
