@@ -4,6 +4,8 @@
 //! Invariant: what comes out is a TLS connection to a server that proved its name, whatever lies between.
 
 mod proxy;
+#[cfg(test)]
+mod tests;
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -3,6 +3,9 @@
 //! Owns the exchange and its limits. Does not know what is asked: the service API, the registry. Invariant: an answer
 //! has arrived whole, or there is an error.
 
+#[cfg(test)]
+mod tests;
+
 use std::{fmt, str::FromStr, time::Duration};
 
 use bytes::Bytes;
@@ -48,15 +51,12 @@ impl FromStr for Url {
         let uri: http::Uri = text.parse().map_err(|_| error())?;
         let authority = uri.authority().ok_or_else(error)?;
         let is_ours = matches!(uri.scheme_str(), Some("https" | "wss"));
-        if !is_ours || authority.as_str().contains('@') || authority.host().is_empty() {
+        if !is_ours || authority.host().is_empty() {
             return Err(error());
         }
         Ok(Self {
             host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
-            port: match authority.port() {
-                Some(port) => port.as_str().parse().map_err(|_| error())?,
-                None => 443,
-            },
+            port: port_of(authority, 443).ok_or_else(error)?,
             path: uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
         })
     }
@@ -72,6 +72,15 @@ impl Url {
 impl fmt::Display for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "https://{}{}", self.host_header(), self.path)
+    }
+}
+
+/// The port of an authority, `default` if it names none. (The crate's own accessors take `host:nonsense` for one that
+/// names none.)
+pub(super) fn port_of(authority: &http::uri::Authority, default: u16) -> Option<u16> {
+    match authority.as_str().strip_prefix(authority.host())? {
+        "" => Some(default),
+        named => named.strip_prefix(':')?.parse().ok().filter(|port| *port != 0),
     }
 }
 
@@ -190,11 +199,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let failed = |source| HttpError::Exchange { host: host.to_owned(), source };
+    // RFC 9110, section 8.6: a method that expects content says so when there is none. hyper leaves it out.
+    let says_none = request.body.is_empty() && matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
     let mut head = Request::builder()
         .method(request.method)
         .uri(&request.url.path)
         .header(header::HOST, request.url.host_header())
         .header(header::CONNECTION, "close");
+    if says_none {
+        head = head.header(header::CONTENT_LENGTH, 0);
+    }
     for (name, value) in request.headers {
         head = head.header(name, value);
     }

@@ -11,7 +11,11 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::{
     ClientConfig, RootCertStore,
@@ -223,8 +227,8 @@ fn read_certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, Tls
     parse_certificates(&text, path)
 }
 
-fn parse_certificates(text: &[u8], path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let problem = |problem: String| TlsError::Content { path: path.clone(), problem };
+fn parse_certificates(text: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let problem = |problem: String| TlsError::Content { path: path.to_owned(), problem };
     let all: Vec<_> = CertificateDer::pem_slice_iter(text)
         .collect::<Result<_, _>>()
         .map_err(|error| problem(format!("not a PEM certificate: {error}")))?;

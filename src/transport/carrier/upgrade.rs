@@ -3,6 +3,9 @@
 //! Owns the upgrade request and the check of its answer. Does not know DNS, proxies or TLS. Invariant: a carrier is
 //! handed out only after a 101 that answers our key.
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use bytes::Bytes;

@@ -10,7 +10,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use percent_encoding::percent_decode_str;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::base::Secret;
+use crate::{base::Secret, transport::http::port_of};
 
 /// The head of a proxy's answer: the same limit as for every HTTP head we read.
 const MAX_ANSWER: usize = 16 * 1024;
@@ -110,10 +110,7 @@ impl FromStr for Proxy {
         if host.is_empty() {
             return Err(ProxySyntaxError::Form);
         }
-        let port = match authority.port() {
-            Some(port) => port.as_str().parse().map_err(|_| ProxySyntaxError::Form)?,
-            None => DEFAULT_PORT,
-        };
+        let port = port_of(&authority, DEFAULT_PORT).ok_or(ProxySyntaxError::Form)?;
         let credentials = user.map(|user| {
             let (name, password) = user.split_once(':').unwrap_or((user, ""));
             let password: Vec<u8> = percent_decode_str(password).collect();

@@ -219,3 +219,87 @@ fn refuse_living(path: &Path, endpoint: &Endpoint) -> Result<(), BindError> {
 fn inode_of(path: &Path) -> Option<u64> {
     fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::transport::net::connect;
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    fn scratch(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("culvert-net-{}-{name}", getrandom::u64().unwrap()))
+    }
+
+    async fn joined(listener: &Listener) -> (Socket, Socket) {
+        let endpoint = listener.endpoint().unwrap();
+        let (near, (far, _)) = tokio::join!(connect(&endpoint, LIMIT, &|_| true), listener.accept());
+        (near.unwrap(), far)
+    }
+
+    #[tokio::test]
+    async fn both_kinds_carry_bytes_and_half_close() {
+        let unix = Endpoint::Unix(scratch("both"));
+        for endpoint in ["127.0.0.1:0".parse().unwrap(), "[::1]:0".parse().unwrap(), unix] {
+            let listener = Listener::bind(&endpoint, 0o600).await.unwrap();
+            let (mut near, mut far) = joined(&listener).await;
+            near.write_all(b"question").await.unwrap();
+            near.shutdown().await.unwrap();
+            let mut got = String::new();
+            far.read_to_string(&mut got).await.unwrap();
+            far.write_all(b"answer").await.unwrap();
+            far.shutdown().await.unwrap();
+            near.read_to_string(&mut got).await.unwrap();
+            assert_eq!(got, "questionanswer", "{endpoint}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reset_is_seen_as_one() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap(), 0).await.unwrap();
+        let (near, mut far) = joined(&listener).await;
+        near.reset();
+        let error = far.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_says_so() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap(), 0).await.unwrap();
+        let taken = listener.endpoint().unwrap();
+        let error = Listener::bind(&taken, 0).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("cannot listen on {taken}: another program already does (see: ss -ltnpx)")
+        );
+        let foreign = Listener::bind(&"192.0.2.1:0".parse().unwrap(), 0).await.unwrap_err();
+        assert!(matches!(foreign, BindError::NotLocal(_)), "{foreign}");
+    }
+
+    #[tokio::test]
+    async fn both_families_share_a_port() {
+        let four = Listener::bind(&"0.0.0.0:0".parse().unwrap(), 0).await.unwrap();
+        let Endpoint::Tcp { port, .. } = four.endpoint().unwrap() else { panic!("not TCP") };
+        Listener::bind(&format!("[::]:{port}").parse().unwrap(), 0).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_has_its_mode_replaces_the_dead_and_spares_the_living() {
+        let path = scratch("unix");
+        let endpoint = Endpoint::Unix(path.clone());
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "a dead socket is left behind");
+        let living = Listener::bind(&endpoint, 0o600).await.unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let error = Listener::bind(&endpoint, 0o600).await.unwrap_err();
+        assert!(matches!(error, BindError::InUse(_)), "{error}");
+        drop(living);
+        assert!(!path.exists());
+        fs::write(&path, "precious").unwrap();
+        let error = Listener::bind(&endpoint, 0o600).await.unwrap_err();
+        assert!(matches!(error, BindError::NotSocket(_)), "{error}");
+        fs::remove_file(&path).unwrap();
+    }
+}
