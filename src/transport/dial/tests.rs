@@ -28,7 +28,10 @@ async fn echo_server(tls: ServerTls, tasks: &mut JoinSet<io::Result<()>>) -> Soc
 }
 
 /// A CONNECT proxy that wants this Authorization line and sends everything to `target`; yields the request.
-async fn proxy_to(target: SocketAddr, tasks: &mut JoinSet<io::Result<()>>) -> (SocketAddr, Arc<std::sync::Mutex<String>>) {
+async fn proxy_to(
+    target: SocketAddr,
+    tasks: &mut JoinSet<io::Result<()>>,
+) -> (SocketAddr, Arc<std::sync::Mutex<String>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let seen = Arc::new(std::sync::Mutex::new(String::new()));
@@ -43,7 +46,9 @@ async fn proxy_to(target: SocketAddr, tasks: &mut JoinSet<io::Result<()>>) -> (S
         let authorised = head.contains("Proxy-Authorization: Basic dXNlcjpzZWNyZXQ=\r\n");
         *log.lock().unwrap() = head;
         if !authorised {
-            client.write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=x\r\n\r\n").await?;
+            client
+                .write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=x\r\n\r\n")
+                .await?;
             return client.shutdown().await;
         }
         let mut server = TcpStream::connect(target).await?;
@@ -112,7 +117,8 @@ async fn a_hub_is_reached_through_a_proxy_that_wants_credentials() {
 #[tokio::test]
 async fn a_proxy_that_wants_credentials_says_what_to_configure() {
     let (authority, mut tasks) = (Authority::new(), JoinSet::new());
-    for (user, expected) in [("", "wants credentials: set proxy ="), ("user:wrong@", "user name or password is wrong")] {
+    for (user, expected) in [("", "wants credentials: set proxy ="), ("user:wrong@", "user name or password is wrong")]
+    {
         let (proxy, _) = proxy_to(SocketAddr::from(([127, 0, 0, 1], 1)), &mut tasks).await;
         let error = failure(&Dialer::new(authority.client(), through(proxy, user)), "hub.test", 443).await;
         let text = error.to_string();
@@ -126,7 +132,11 @@ async fn a_proxy_that_wants_credentials_says_what_to_configure() {
 async fn a_proxy_that_refuses_is_quoted() {
     let (authority, mut tasks) = (Authority::new(), JoinSet::new());
     let table: [(&'static [u8], &str, bool); 4] = [
-        (b"HTTP/1.1 403 Forbidden\r\n\r\n", "refused to connect to hub.test:443: 403 Forbidden (its rules forbid it", false),
+        (
+            b"HTTP/1.1 403 Forbidden\r\n\r\n",
+            "refused to connect to hub.test:443: 403 Forbidden (its rules forbid it",
+            false,
+        ),
         (b"HTTP/1.0 502 Bad Gateway\r\n\r\n", "502 Bad Gateway (it cannot reach or resolve that host)", true),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "does not answer as an HTTP proxy does: SSH-2.0-OpenSSH_9.2", false),
         (b"HTTP/1.1 200 OK\r\n", "ended the connection", true),
@@ -137,7 +147,8 @@ async fn a_proxy_that_refuses_is_quoted() {
         assert!(error.to_string().contains(expected), "{error}");
         assert_eq!(error.is_path_failure(), path, "{error}");
     }
-    let error = failure(&Dialer::new(authority.client(), through(([127, 0, 0, 1], 1).into(), "")), "hub.test", 443).await;
+    let error =
+        failure(&Dialer::new(authority.client(), through(([127, 0, 0, 1], 1).into(), "")), "hub.test", 443).await;
     assert!(error.to_string().starts_with("the proxy http://127.0.0.1:1 cannot be reached: "), "{error}");
 }
 

@@ -39,7 +39,8 @@ async fn a_request_crosses_real_tls_and_its_answer_comes_back_whole() {
     let authority = Authority::new();
     let acceptor = authority.server(&["localhost"]).acceptor(Alpn::Http).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("https://localhost:{}/twins/pump/streams/ssh?api-version=x", listener.local_addr().unwrap().port());
+    let url =
+        format!("https://localhost:{}/twins/pump/streams/ssh?api-version=x", listener.local_addr().unwrap().port());
     let dialer = Dialer::new(authority.client(), ProxyRules::none());
     let server = async {
         let io = acceptor.accept(listener.accept().await.unwrap().0).await.unwrap();
@@ -96,7 +97,17 @@ fn urls_parse_strictly() {
     assert_eq!(url.to_string(), "https://[::1]:9443/bridges/x?y=1");
     let url: Url = "https://hub.test".parse().unwrap();
     assert_eq!((url.port, url.path.as_str(), url.host_header().as_str()), (443, "/", "hub.test"));
-    for bad in ["", "hub", "http://hub/", "ws://hub/", "https://u@hub/", "https://hub:0/", "https://hub:99999/", "https://:1/", "https://hub:x/"] {
+    for bad in [
+        "",
+        "hub",
+        "http://hub/",
+        "ws://hub/",
+        "https://u@hub/",
+        "https://hub:0/",
+        "https://hub:99999/",
+        "https://:1/",
+        "https://hub:x/",
+    ] {
         assert!(bad.parse::<Url>().is_err(), "{bad}");
     }
 }

@@ -56,7 +56,9 @@ async fn an_upgrade_loses_no_byte_behind_the_answer() {
     carrier.unwrap().read_exact(&mut got).await.unwrap();
     assert_eq!(&got, b"early");
     assert!(request.starts_with("GET /x?y=1 HTTP/1.1\r\n"), "{request}");
-    for line in ["Host: hub.test:9443", "Authorization: Bearer tick-et_7", "Sec-Websocket-Protocol: mqtt", "Upgrade: websocket"] {
+    for line in
+        ["Host: hub.test:9443", "Authorization: Bearer tick-et_7", "Sec-Websocket-Protocol: mqtt", "Upgrade: websocket"]
+    {
         assert!(request.contains(&format!("{line}\r\n")), "{line} in {request}");
     }
 }
