@@ -1,6 +1,8 @@
 //! The device control channel as stock MQTT clients speak it: `mosquitto_sub` and `mosquitto_pub`
 //! (Debian package `mosquitto-clients`) over TLS.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
 use std::{net::SocketAddr, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use culvert::{
