@@ -1,0 +1,422 @@
+//! One TCP socket joined to one channel.
+//!
+//! Owns the copying in both directions, half-close, and the reason for which a flow ends. Does not know rules, or
+//! how either side came to be. Invariant: an end of one side reaches the other as what it was: an end that was
+//! meant as an end, everything else as a reset.
+
+use std::{
+    cell::Cell,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use prometheus::IntCounter;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep_until},
+};
+
+use crate::{
+    proto::open::Verdict,
+    transport::{mux::Channel, net::Socket},
+};
+
+use super::verdict::RefusedByDevice;
+
+/// Bytes read at once: one message of the carrier. The buffer belongs to the thread, not to the flow, so that an
+/// idle flow holds none.
+const CHUNK: usize = 64 * 1024;
+/// Bytes that one flow moves before other tasks have a turn: sixteen of these take a millisecond or so.
+const TURN: usize = 256 * 1024;
+/// How long a local end is held on a plain device stream, which has no half-close, while the other direction is
+/// silent (design.md, section 2).
+const PLAIN_HOLD: Duration = Duration::from_secs(30);
+/// After the far side of a plain device stream has ended, the local socket is read and discarded this long, because
+/// closing a socket with unread bytes makes the kernel drop what was just written to it.
+const LINGER: Duration = Duration::from_secs(5);
+
+thread_local! {
+    static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// A side of a flow that can be ended by a reset.
+pub trait Abort: AsyncRead + AsyncWrite + Unpin {
+    /// Ends both directions at once, so that the peer sees a reset and never an end.
+    fn abort(self);
+}
+
+impl Abort for Socket {
+    fn abort(self) {
+        self.reset();
+    }
+}
+
+impl Abort for Channel {
+    fn abort(self) {
+        self.reset();
+    }
+}
+
+/// Why a flow ended. The words are metric labels and stand in log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// Both directions ended by themselves.
+    Done,
+    /// The local application reset or lost its connection.
+    LocalReset,
+    /// The far end reset the flow.
+    PeerReset,
+    /// The device stream ended under the flow and could not be resumed.
+    SessionLost,
+    /// The device said no, and this is what it said.
+    Refused(Verdict),
+    /// The device could not be reached in time.
+    Unavailable,
+    /// A limit on connections was reached.
+    Limit,
+    /// The rule was removed and its time to drain was over, or the daemon stopped.
+    Stopped,
+}
+
+impl Reason {
+    /// The reason as a metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::LocalReset => "local_reset",
+            Self::PeerReset => "peer_reset",
+            Self::SessionLost => "session_lost",
+            Self::Refused(verdict) => verdict.as_str(),
+            Self::Unavailable => "unavailable",
+            Self::Limit => "limit",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// How a flow ended and what it moved.
+#[derive(Debug)]
+pub struct FlowEnd {
+    /// Why.
+    pub reason: Reason,
+    /// The error behind it, if there was one, with the side it came from.
+    pub detail: Option<String>,
+    /// Bytes from the local socket to the far end.
+    pub sent: u64,
+    /// Bytes from the far end to the local socket.
+    pub received: u64,
+}
+
+/// What a flow must know about its two sides.
+#[derive(Debug, Clone)]
+pub struct FlowOptions {
+    /// False for plain device streams, where closing one direction closes both.
+    pub half_close: bool,
+    /// Counts bytes from the local socket.
+    pub sent: IntCounter,
+    /// Counts bytes to the local socket.
+    pub received: IntCounter,
+}
+
+/// Joins a local socket with the far end until both directions have ended, either side fails, or `stop` resolves.
+pub async fn join<A: Abort, B: Abort>(
+    local: A,
+    far: B,
+    options: FlowOptions,
+    stop: impl Future<Output = ()>,
+) -> FlowEnd {
+    let mut flow = Flow::new(local, far, options);
+    let end = tokio::select! {
+        end = std::future::poll_fn(|cx| flow.poll(cx)) => end,
+        () = stop => Err(Failure { side: None, error: io::ErrorKind::Interrupted.into() }),
+    };
+    flow.finish(end)
+}
+
+struct Flow<A, B> {
+    local: A,
+    far: B,
+    up: Direction,
+    down: Direction,
+    half_close: bool,
+    /// Plain device streams: the far side's Close has been answered.
+    far_closed: bool,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Local,
+    Far,
+}
+
+/// An error with the side it came from; no side means that the flow was stopped.
+struct Failure {
+    side: Option<Side>,
+    error: io::Error,
+}
+
+impl<A: Abort, B: Abort> Flow<A, B> {
+    fn new(local: A, far: B, options: FlowOptions) -> Self {
+        Self {
+            local,
+            far,
+            up: Direction::new(options.sent, !options.half_close),
+            down: Direction::new(options.received, false),
+            half_close: options.half_close,
+            far_closed: false,
+            timer: None,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        let down = self.down.poll(cx, &mut self.far, &mut self.local);
+        let down = down.map_err(|error| error.at(Side::Far, Side::Local))?;
+        if down.is_ready() && !self.half_close {
+            return self.poll_linger(cx).map(Ok);
+        }
+        let up = self.up.poll(cx, &mut self.local, &mut self.far);
+        let up = up.map_err(|error| error.at(Side::Local, Side::Far))?;
+        if self.up.state == State::Held && self.poll_hold(cx).is_ready() {
+            self.up.state = State::ShuttingDown;
+            cx.waker().wake_by_ref();
+        }
+        if down.is_ready() && up.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    /// Plain: the local side has ended; its Close waits until the other direction has been silent for a while.
+    fn poll_hold(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let until = self.down.last_activity.max(self.up.last_activity) + PLAIN_HOLD;
+        self.poll_timer(cx, until)
+    }
+
+    /// Plain: the far side has ended. Its Close is answered, and what the local side still sends is discarded.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.far_closed {
+            self.far_closed = Pin::new(&mut self.far).poll_shutdown(cx).is_ready();
+        }
+        let until = self.down.last_activity + LINGER;
+        let over = poll_discard(cx, &mut self.local).is_ready() && self.far_closed;
+        if over { Poll::Ready(()) } else { self.poll_timer(cx, until) }
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>, until: Instant) -> Poll<()> {
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if timer.deadline() != until {
+            timer.as_mut().reset(until);
+        }
+        timer.as_mut().poll(cx)
+    }
+
+    fn finish(self, end: Result<(), Failure>) -> FlowEnd {
+        let (sent, received) = (self.up.bytes, self.down.bytes);
+        let Err(failure) = end else {
+            return FlowEnd { reason: Reason::Done, detail: None, sent, received };
+        };
+        self.local.abort();
+        self.far.abort();
+        FlowEnd { reason: failure.reason(), detail: failure.detail(), sent, received }
+    }
+}
+
+impl Failure {
+    fn reason(&self) -> Reason {
+        let refused = self.error.get_ref().and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
+        match (self.side, refused) {
+            (None, _) => Reason::Stopped,
+            (_, Some(refused)) => Reason::Refused(refused.verdict),
+            (Some(Side::Local), _) => Reason::LocalReset,
+            (Some(Side::Far), _) if self.error.kind() == io::ErrorKind::ConnectionAborted => Reason::SessionLost,
+            (Some(Side::Far), _) => Reason::PeerReset,
+        }
+    }
+
+    fn detail(&self) -> Option<String> {
+        self.side.map(|_| self.error.to_string())
+    }
+}
+
+/// One direction of a flow.
+struct Direction {
+    state: State,
+    /// What was read and not yet written; empty unless the writer is slower than the reader.
+    pending: Vec<u8>,
+    written: usize,
+    unflushed: bool,
+    /// True if the reader's end is not passed on by itself.
+    hold: bool,
+    bytes: u64,
+    counter: IntCounter,
+    last_activity: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Copying,
+    Held,
+    ShuttingDown,
+    Done,
+}
+
+enum DirectionError {
+    Reading(io::Error),
+    Writing(io::Error),
+}
+
+impl DirectionError {
+    fn at(self, reader: Side, writer: Side) -> Failure {
+        match self {
+            Self::Reading(error) => Failure { side: Some(reader), error },
+            Self::Writing(error) => Failure { side: Some(writer), error },
+        }
+    }
+}
+
+impl Direction {
+    fn new(counter: IntCounter, hold: bool) -> Self {
+        let last_activity = Instant::now();
+        let pending = Vec::new();
+        Self { state: State::Copying, pending, written: 0, unflushed: false, hold, bytes: 0, counter, last_activity }
+    }
+
+    /// Ready once the reader's end has been passed on.
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W) -> Poll<Result<(), DirectionError>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut moved = 0;
+        loop {
+            match self.state {
+                State::Copying if moved >= TURN => {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                State::Copying => moved += ready!(self.poll_copy(cx, reader, writer))?,
+                State::Held => {
+                    ready!(self.poll_flush(cx, writer))?;
+                    return Poll::Pending;
+                }
+                State::ShuttingDown => {
+                    ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(DirectionError::Writing)?;
+                    self.state = State::Done;
+                }
+                State::Done => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+
+    /// Moves one chunk, and says how many bytes it had.
+    fn poll_copy<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut R,
+        writer: &mut W,
+    ) -> Poll<Result<usize, DirectionError>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        ready!(self.poll_pending(cx, writer))?;
+        let mut scratch = SCRATCH.take();
+        scratch.resize(CHUNK, 0);
+        let copied = self.poll_chunk(cx, reader, writer, &mut scratch);
+        SCRATCH.set(scratch);
+        if copied.is_pending() {
+            // Nothing more to read for now: what was gathered goes out.
+            if self.pending.is_empty()
+                && let Poll::Ready(Err(error)) = self.poll_flush(cx, writer)
+            {
+                return Poll::Ready(Err(error));
+            }
+        }
+        copied
+    }
+
+    fn poll_chunk<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut R,
+        writer: &mut W,
+        scratch: &mut [u8],
+    ) -> Poll<Result<usize, DirectionError>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut buffer = ReadBuf::new(scratch);
+        ready!(Pin::new(reader).poll_read(cx, &mut buffer)).map_err(DirectionError::Reading)?;
+        let chunk = buffer.filled();
+        self.last_activity = Instant::now();
+        if chunk.is_empty() {
+            self.state = if self.hold { State::Held } else { State::ShuttingDown };
+            return Poll::Ready(Ok(0));
+        }
+        self.bytes += chunk.len() as u64;
+        self.counter.inc_by(chunk.len() as u64);
+        let mut sent = 0;
+        while sent < chunk.len() {
+            match Pin::new(&mut *writer).poll_write(cx, &chunk[sent..]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(write_zero())),
+                Poll::Ready(Ok(n)) => sent += n,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(DirectionError::Writing(error))),
+                Poll::Pending => {
+                    self.pending.extend_from_slice(&chunk[sent..]);
+                    break;
+                }
+            }
+        }
+        self.unflushed = true;
+        Poll::Ready(Ok(chunk.len()))
+    }
+
+    /// Writes what an earlier turn could not, and gives its memory back.
+    fn poll_pending<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        writer: &mut W,
+    ) -> Poll<Result<(), DirectionError>> {
+        while self.written < self.pending.len() {
+            let n = ready!(Pin::new(&mut *writer).poll_write(cx, &self.pending[self.written..]))
+                .map_err(DirectionError::Writing)?;
+            if n == 0 {
+                return Poll::Ready(Err(write_zero()));
+            }
+            self.written += n;
+            self.unflushed = true;
+        }
+        self.pending = Vec::new();
+        self.written = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_flush<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        writer: &mut W,
+    ) -> Poll<Result<(), DirectionError>> {
+        if self.unflushed {
+            ready!(Pin::new(writer).poll_flush(cx)).map_err(DirectionError::Writing)?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Reads and throws away; ready when the reader has ended or failed.
+fn poll_discard<R: AsyncRead + Unpin>(cx: &mut Context<'_>, reader: &mut R) -> Poll<()> {
+    let mut scratch = [0; 4096];
+    loop {
+        let mut buffer = ReadBuf::new(&mut scratch);
+        match ready!(Pin::new(&mut *reader).poll_read(cx, &mut buffer)) {
+            Ok(()) if !buffer.filled().is_empty() => {}
+            _ => return Poll::Ready(()),
+        }
+    }
+}
+
+fn write_zero() -> DirectionError {
+    DirectionError::Writing(io::ErrorKind::WriteZero.into())
+}
