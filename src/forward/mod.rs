@@ -12,8 +12,8 @@ mod plan;
 mod verdict;
 
 pub use flow::{Abort, FlowEnd, FlowOptions, Reason, join};
-pub use inlet::{Connector, Inlet, InletDeps, OpenFailure, Opened};
+pub use inlet::{Connector, FarSide, Inlet, InletDeps, OpenFailure, Opened};
 pub use metrics::{ForwardMetrics, TargetMetrics};
-pub use outlet::{Outlet, OutletError, dial_target, serve_channel};
+pub use outlet::{Dialled, Outlet, OutletError, serve_channel};
 pub use plan::{Running, Step, plan};
 pub use verdict::{RefusedByDevice, Verdicted};
