@@ -1,0 +1,114 @@
+//! Notice of changes of the host's network: a route or an address came or went, or the machine slept.
+//!
+//! Owns a netlink socket and a look at the boot clock. Does not know what to do about a change. Invariant: a missing
+//! netlink (a sandbox without AF_NETLINK) costs the notice only, never the daemon.
+
+use std::{io, time::Duration};
+
+use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info};
+
+/// Multicast groups of rtnetlink(7): IPv4 and IPv6 addresses and routes.
+const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
+/// Events come in bursts (an interface that comes up makes a dozen): they count as one if closer than this.
+const BURST: Duration = Duration::from_millis(200);
+/// How often the boot clock is compared with the monotonic clock.
+const CLOCK_CHECK: Duration = Duration::from_secs(5);
+/// A difference of this much is a suspend and not scheduling.
+const SUSPEND: Duration = Duration::from_secs(3);
+/// Kernel messages are read only to be counted; a truncated one counts as well.
+const MESSAGE: usize = 4096;
+
+/// Counts changes; clones see the same count.
+#[derive(Debug, Clone)]
+pub struct NetworkChanges(watch::Receiver<u64>);
+
+impl NetworkChanges {
+    /// The notice, and the loop that keeps it: spawn it, and await it after cancelling `shutdown`.
+    pub fn start(shutdown: CancellationToken) -> (Self, impl Future<Output = ()> + Send) {
+        let (sender, receiver) = watch::channel(0);
+        (Self(receiver), watch_network(sender, shutdown))
+    }
+
+    /// Waits for the next change after the last one seen through this clone.
+    pub async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+async fn watch_network(changes: watch::Sender<u64>, shutdown: CancellationToken) {
+    let mut netlink = open_netlink().inspect_err(|error| debug!(%error, "no notice of network changes")).ok();
+    let mut clocks = Clocks::read();
+    let mut check = tokio::time::interval(CLOCK_CHECK);
+    check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let changed = tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = check.tick() => clocks.slept(),
+            received = receive(&mut netlink) => {
+                if let Err(error) = received {
+                    debug!(%error, "the notice of network changes has ended");
+                    netlink = None;
+                }
+                tokio::time::sleep(BURST).await;
+                true
+            }
+        };
+        if changed {
+            debug!("the host's network changed, or the host slept");
+            changes.send_modify(|count| *count += 1);
+        }
+    }
+}
+
+fn open_netlink() -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+    socket.socket_mut().bind(&SocketAddr::new(0, GROUPS))?;
+    Ok(socket)
+}
+
+async fn receive(netlink: &mut Option<TokioSocket>) -> io::Result<()> {
+    match netlink {
+        None => std::future::pending().await,
+        Some(socket) => {
+            let mut message = Vec::with_capacity(MESSAGE);
+            match socket.recv_from(&mut message).await {
+                // The kernel had more events than room: they were events all the same.
+                Err(error) if error.raw_os_error() == Some(ENOBUFS) => Ok(()),
+                other => other.map(|_| ()),
+            }
+        }
+    }
+}
+
+/// "No buffer space available" on Linux, errno(3).
+const ENOBUFS: i32 = 105;
+
+/// Both clocks at one moment. `/proc/uptime` counts the time asleep (CLOCK_BOOTTIME), `Instant` does not.
+struct Clocks {
+    boot: Option<Duration>,
+    monotonic: Instant,
+}
+
+impl Clocks {
+    fn read() -> Self {
+        let text = std::fs::read_to_string("/proc/uptime").ok();
+        let seconds = text.and_then(|text| text.split(' ').next()?.parse().ok());
+        Self { boot: seconds.map(Duration::from_secs_f64), monotonic: Instant::now() }
+    }
+
+    /// True if the machine slept since the last look.
+    fn slept(&mut self) -> bool {
+        let last = std::mem::replace(self, Self::read());
+        let (Some(boot), Some(last_boot)) = (self.boot, last.boot) else { return false };
+        let asleep = boot.saturating_sub(last_boot).saturating_sub(self.monotonic - last.monotonic);
+        if asleep >= SUSPEND {
+            info!(seconds = asleep.as_secs(), "the machine slept");
+        }
+        asleep >= SUSPEND
+    }
+}

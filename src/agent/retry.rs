@@ -1,0 +1,87 @@
+//! When to try again.
+//!
+//! Owns the two schedules: a short fixed one for paths that fail under live flows, and exponential full jitter for
+//! everything else. Does not try anything itself. Invariant: a hub that answers is never asked again sooner than it
+//! said.
+
+use std::time::Duration;
+
+use super::{Failure, random_u64};
+use crate::base::Backoff;
+
+/// First step of the exponential schedule.
+const BASE: Duration = Duration::from_secs(1);
+/// Its ceiling: a fleet behind a restarted hub spreads itself over a minute (issue 4).
+const CEILING: Duration = Duration::from_secs(60);
+/// Between attempts on a failing path while flows wait (issue 4): short, because a person is waiting.
+const PATH_RETRY: Duration = Duration::from_millis(1500);
+/// A session that lived this long was healthy: the schedule begins again.
+const HEALTHY: Duration = Duration::from_secs(30);
+
+/// The delay before the next attempt, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Next {
+    /// How long to wait.
+    pub delay: Duration,
+}
+
+/// The schedule of one tunnel or control session.
+#[derive(Debug)]
+pub struct Retry {
+    backoff: Backoff,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { backoff: Backoff::new(BASE, CEILING) }
+    }
+}
+
+impl Retry {
+    /// The delay after a failure. `is_urgent`: flows wait for this.
+    pub fn after(&mut self, failure: Failure, is_urgent: bool) -> Next {
+        let delay = match failure {
+            Failure::Path if is_urgent => PATH_RETRY,
+            Failure::Path | Failure::Answered(None) => self.backoff.next_delay(random_u64()),
+            Failure::Answered(Some(at_least)) => {
+                at_least.min(CEILING) + self.backoff.next_delay(random_u64()).min(at_least.max(BASE))
+            }
+        };
+        Next { delay }
+    }
+
+    /// Notes that a session ended after this long; a healthy one starts the schedule anew.
+    pub fn lived(&mut self, lifetime: Duration) {
+        if lifetime >= HEALTHY {
+            self.backoff.reset();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hub_that_names_a_time_is_left_alone_that_long() {
+        let mut retry = Retry::default();
+        let asked = Duration::from_secs(7);
+        for _ in 0..20 {
+            let next = retry.after(Failure::Answered(Some(asked)), true);
+            assert!((asked..=2 * asked).contains(&next.delay), "{next:?}");
+        }
+        assert_eq!(retry.after(Failure::Path, true).delay, PATH_RETRY);
+    }
+
+    #[test]
+    fn delays_stay_below_the_ceiling_and_begin_again_after_a_healthy_session() {
+        let mut retry = Retry::default();
+        for _ in 0..50 {
+            assert!(retry.after(Failure::Path, false).delay <= CEILING);
+        }
+        retry.lived(Duration::from_secs(29));
+        assert!(retry.backoff.attempts() > 0);
+        retry.lived(HEALTHY);
+        assert_eq!(retry.backoff.attempts(), 0);
+    }
+}

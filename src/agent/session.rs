@@ -1,0 +1,40 @@
+//! The mux above a device stream whose hello is done.
+//!
+//! Owns the translation of limits into mux options. Does not know channels' meaning. Invariant: neither side opens
+//! more channels than the smaller of both limits.
+
+use crate::{
+    config::LinkLimits,
+    transport::{
+        hello::{LinkControl, PeerHello, Session},
+        mux::{self, Incoming, Mux, MuxDriver, MuxOptions, Role},
+    },
+};
+
+/// A running mux and its parts. The driver must be polled: spawn it and await it.
+pub struct MuxSession {
+    /// Opens channels.
+    pub mux: Mux,
+    /// Yields the channels that the other side opens.
+    pub incoming: Incoming,
+    /// Moves the bytes.
+    pub driver: MuxDriver,
+    /// The link below, if there is one.
+    pub link: Option<LinkControl>,
+    /// The other daemon.
+    pub peer: PeerHello,
+}
+
+impl MuxSession {
+    /// Starts the mux of a session.
+    pub fn begin(session: Session, role: Role, limits: &LinkLimits) -> Self {
+        let Session { io, link, peer } = session;
+        let options = MuxOptions {
+            max_channels: limits.max_channels.min(peer.max_channels).max(1),
+            max_buffered: limits.max_buffered,
+            ..MuxOptions::new(role)
+        };
+        let (mux, incoming, driver) = mux::start(io, options);
+        Self { mux, incoming, driver, link, peer }
+    }
+}
