@@ -1,0 +1,271 @@
+//! The one mux device stream to one device, kept for as long as somebody wants it.
+//!
+//! Owns opening, resuming and opening anew. Does not know forwards or listeners: they ask for channels. Invariant: at
+//! most one mux per device is current, and what is known about it, usable or not and why, is always published.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, debug, info, info_span, warn};
+
+use super::{
+    initiator::{self, InitiateError, Patience},
+    metrics::ServiceMetrics,
+};
+use crate::{
+    agent::{Failure, HubClient, MuxSession, NetworkChanges, Retry},
+    base::{Identity, StreamName},
+    config::LinkLimits,
+    proto::streams::MUX_STREAM,
+    transport::{
+        carrier::{CarrierMonitor, CarrierOptions},
+        hello::{HelloError, LinkControl, LocalHello, offer_new, offer_resume},
+        mux::{Mux, Role},
+    },
+};
+
+/// The hub waits this long for an absent device before it answers, and we ask again: absence costs one request in
+/// four minutes, not a poll. Below the five minutes that the hub allows.
+const AWAIT_DEVICE: Duration = Duration::from_secs(240);
+/// A device that is online answers at once; the documented default.
+const AWAIT_ANSWER: Duration = Duration::from_secs(30);
+/// While a link is detached its flows wait: the hub is asked with a shorter patience, so that a hub that lost our
+/// request is asked again soon.
+const RESUME_PATIENCE: Patience = Patience { connect: Duration::from_secs(60), response: Duration::from_secs(15) };
+/// Resume attempts on failing paths that run side by side; older ones are kept going (issue 4).
+const MAX_ATTEMPTS: usize = 4;
+/// How long a tunnel that was told to stop has to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// What all tunnels of a service share.
+#[derive(Clone)]
+pub struct TunnelDeps {
+    /// The hub, as the configuration in force has it.
+    pub hub: watch::Receiver<HubClient>,
+    /// What we say of ourselves.
+    pub hello: LocalHello,
+    /// Bounds of the mux.
+    pub limits: LinkLimits,
+    /// Notice of network changes.
+    pub network: NetworkChanges,
+    /// Counts.
+    pub metrics: ServiceMetrics,
+}
+
+/// What is known about a tunnel.
+#[derive(Debug, Clone)]
+pub enum TunnelState {
+    /// Nobody wants it yet.
+    Idle,
+    /// Not there, for this reason, since then.
+    Waiting {
+        /// What is waited for, or what failed last.
+        why: Arc<str>,
+        /// Since when it is not there.
+        since: Instant,
+    },
+    /// There. Its link may be detached for the moment; channels can be opened all the same.
+    Up {
+        /// Opens channels.
+        mux: Mux,
+        /// The link, if the device has that feature.
+        link: Option<LinkControl>,
+        /// The present carrier's round-trip time and silence.
+        monitor: CarrierMonitor,
+        /// Since when.
+        since: Instant,
+    },
+}
+
+/// A tunnel. Clones are handles of the same one.
+#[derive(Clone)]
+pub struct Tunnel {
+    state: watch::Receiver<TunnelState>,
+    wanted: Arc<watch::Sender<bool>>,
+}
+
+impl Tunnel {
+    /// The tunnel and the loop that keeps it, which ends after `stop`: spawn it and await it.
+    pub fn new(
+        device: Identity,
+        deps: TunnelDeps,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (publish, state) = watch::channel(TunnelState::Idle);
+        let wanted = Arc::new(watch::Sender::new(false));
+        let span = info_span!("tunnel", %device);
+        let keeper = Keeper { device, deps, publish, wanted: wanted.subscribe(), retry: Retry::default(), stop };
+        (Self { state, wanted }, keeper.run().instrument(span))
+    }
+
+    /// Says that the tunnel is to be there from now on.
+    pub fn want(&self) {
+        self.wanted.send_if_modified(|wanted| !std::mem::replace(wanted, true));
+    }
+
+    /// What is known now.
+    pub fn state(&self) -> TunnelState {
+        self.state.borrow().clone()
+    }
+
+    /// Waits until the tunnel is up, and opens nothing. Ends only by success; bound it.
+    pub async fn mux(&self) -> Mux {
+        self.want();
+        let mut state = self.state.clone();
+        loop {
+            if let TunnelState::Up { mux, .. } = &*state.borrow_and_update()
+                && !mux.is_closed()
+            {
+                return mux.clone();
+            }
+            if state.changed().await.is_err() {
+                // The keeper has stopped, and with it the service.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Why it is not up, for the closing line of a flow that waited in vain.
+    pub fn why(&self) -> String {
+        match &*self.state.borrow() {
+            TunnelState::Idle => "not opened yet".into(),
+            TunnelState::Waiting { why, .. } => why.to_string(),
+            TunnelState::Up { link: Some(link), .. } if !link.attached() => "detached; resuming".into(),
+            TunnelState::Up { .. } => "up".into(),
+        }
+    }
+}
+
+/// The loop's state.
+struct Keeper {
+    device: Identity,
+    deps: TunnelDeps,
+    publish: watch::Sender<TunnelState>,
+    wanted: watch::Receiver<bool>,
+    retry: Retry,
+    stop: CancellationToken,
+}
+
+/// Why an attempt at a session failed.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    #[error("{0}")]
+    Initiate(#[from] InitiateError),
+    #[error("{0}")]
+    Hello(#[from] HelloError),
+}
+
+impl AttemptError {
+    fn failure(&self) -> Failure {
+        match self {
+            Self::Initiate(error) => error.failure(),
+            Self::Hello(HelloError::Io(_) | HelloError::Timeout(_)) => Failure::Path,
+            Self::Hello(_) => Failure::Answered(None),
+        }
+    }
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let stop = self.stop.clone();
+        if stop.run_until_cancelled(self.wanted.wait_for(|wanted| *wanted)).await.is_none() {
+            return;
+        }
+        let mut since = Instant::now();
+        self.waiting("opening the device stream", since);
+        while !stop.is_cancelled() {
+            match stop.run_until_cancelled(self.attempt()).await {
+                None => return,
+                Some(Ok((session, monitor))) => {
+                    let begun = Instant::now();
+                    let why = self.serve(session, monitor).await;
+                    self.retry.lived(begun.elapsed());
+                    since = Instant::now();
+                    self.waiting(&why, since);
+                }
+                Some(Err(error)) => {
+                    let why = error.to_string();
+                    let next = self.retry.after(error.failure(), false);
+                    warn!(device = %self.device, retry_seconds = next.delay.as_secs_f64(), "no device stream: {why}");
+                    self.deps.metrics.attempt_failed(&self.device);
+                    self.waiting(&why, since);
+                    self.pause(next.delay).await;
+                }
+            }
+        }
+    }
+
+    fn waiting(&self, why: &str, since: Instant) {
+        self.publish.send_replace(TunnelState::Waiting { why: why.into(), since });
+    }
+
+    /// Waits, unless the network changes, the hub's configuration changes, or we stop.
+    async fn pause(&mut self, delay: Duration) {
+        let mut hub = self.deps.hub.clone();
+        hub.mark_unchanged();
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = sleep(delay) => {}
+            () = self.deps.network.changed() => {}
+            Ok(()) = hub.changed() => {}
+        }
+    }
+
+    /// One attempt at a new session.
+    async fn attempt(&self) -> Result<(crate::transport::hello::Session, CarrierMonitor), AttemptError> {
+        let patience = Patience { connect: AWAIT_DEVICE, response: AWAIT_ANSWER };
+        let carrier = open_leg(&self.deps, &self.device, patience).await?;
+        let monitor = carrier.monitor();
+        let session = offer_new(Box::new(carrier), &self.deps.hello).await?;
+        Ok((session, monitor))
+    }
+
+    /// Keeps a session until it ends, and says why it ended.
+    async fn serve(&mut self, session: crate::transport::hello::Session, monitor: CarrierMonitor) -> String {
+        let begun = Instant::now();
+        let MuxSession { mux, incoming, driver, link, peer: _ } =
+            MuxSession::begin(session, Role::Client, &self.deps.limits);
+        // The device opens no channels; if it does, the mux resets them once nobody takes them.
+        drop(incoming);
+        self.deps.metrics.opened(&self.device);
+        info!(device = %self.device, resumable = link.is_some(), "device stream open");
+        let up = |monitor| TunnelState::Up { mux: mux.clone(), link: link.clone(), monitor, since: begun };
+        self.publish.send_replace(up(monitor.clone()));
+        let monitor = Arc::new(Mutex::new(monitor));
+        let stop = self.stop.clone();
+        let ended = {
+            let keep = async {
+                match &link {
+                    None => std::future::pending().await,
+                    Some(link) => self.keep_attached(link, &monitor, &up).await,
+                }
+            };
+            tokio::select! {
+                ended = driver.fuse() => Some(ended),
+                () = keep => None,
+                () = stop.cancelled() => None,
+            }
+        };
+        let why = match (&link, ended) {
+            (Some(link), _) if link.end().is_some() => link.end().map(|end| end.to_string()).unwrap_or_default(),
+            (_, Some(Err(error))) => error.to_string(),
+            (_, Some(Ok(()))) => "ended by the device".into(),
+            (_, None) => "stopped".into(),
+        };
+        if let Some(link) = &link {
+            link.close("the service stops");
+            let _ = tokio::time::timeout(GOODBYE, link.ended()).await;
+        }
+        self.deps.metrics.ended(&self.device);
+        info!(device = %self.device, seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
+        why
+    }
+}
