@@ -22,7 +22,7 @@ use crate::{
     transport::{
         carrier::{Carrier, CarrierOptions, Upgrade, UpgradeError},
         dial::{DialError, Dialer, NoProxy, Proxy, ProxyRules, ProxySyntaxError},
-        http::{HttpError, HttpRequest, HttpResponse, Url, UrlError, host_header, request},
+        http::{HttpError, HttpRequest, HttpResponse, Url, UrlError, host_header, request_noting},
         tls::{ClientCertificate, ClientTls, TlsError, Trust},
     },
 };
@@ -179,6 +179,19 @@ impl HubClient {
         body: Bytes,
         timeout: Duration,
     ) -> Result<HttpResponse, HttpError> {
+        self.request_noting(method, path, headers, body, timeout, || {}).await
+    }
+
+    /// The same, and calls `reached` once the hub has been reached.
+    pub async fn request_noting(
+        &self,
+        method: Method,
+        path: &str,
+        headers: Vec<(HeaderName, HeaderValue)>,
+        body: Bytes,
+        timeout: Duration,
+        reached: impl FnOnce() + Send,
+    ) -> Result<HttpResponse, HttpError> {
         let connection = &self.shared.connection;
         let url = Url { host: connection.dial_host().to_owned(), port: connection.port, path: path.to_owned() };
         let mut headers = headers;
@@ -192,7 +205,7 @@ impl HubClient {
         if let Ok(value) = HeaderValue::from_str(&self.shared.user_agent) {
             headers.push((header::USER_AGENT, value));
         }
-        request(&self.shared.dialer, HttpRequest { method, url, headers, body, timeout }).await
+        request_noting(&self.shared.dialer, HttpRequest { method, url, headers, body, timeout }, reached).await
     }
 
     /// Opens our leg of a bridge.

@@ -125,31 +125,34 @@ impl InitiateError {
     }
 }
 
-/// Opens a device stream: asks, and connects our leg.
+/// Opens a device stream: asks, and connects our leg. Calls `reached` once the hub has been reached.
 pub async fn open(
     hub: &HubClient,
     device: &Identity,
     stream: &StreamName,
     patience: Patience,
     options: CarrierOptions,
+    reached: impl FnOnce() + Send,
 ) -> Result<HubCarrier, InitiateError> {
-    let grant = initiate(hub, device, stream, patience).await?;
+    let grant = initiate(hub, device, stream, patience, reached).await?;
     Ok(hub.carrier(&grant.url, &grant.ticket, options).await?)
 }
 
-/// Asks the hub for a device stream.
+/// Asks the hub for a device stream. Calls `reached` once the hub has been reached.
 pub async fn initiate(
     hub: &HubClient,
     device: &Identity,
     stream: &StreamName,
     patience: Patience,
+    reached: impl FnOnce() + Send,
 ) -> Result<Grant, InitiateError> {
     let headers = vec![
         (HeaderName::from_static(CONNECT_TIMEOUT_HEADER), seconds(patience.connect)),
         (HeaderName::from_static(RESPONSE_TIMEOUT_HEADER), seconds(patience.response)),
     ];
     let limit = patience.connect + patience.response + MARGIN;
-    let response = hub.request(Method::POST, &path(device, stream), headers, Bytes::new(), limit).await?;
+    let path = path(device, stream);
+    let response = hub.request_noting(Method::POST, &path, headers, Bytes::new(), limit, reached).await?;
     if response.status != StatusCode::OK {
         return Err(refusal(hub, device, patience, &response));
     }

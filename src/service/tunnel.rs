@@ -4,30 +4,31 @@
 //! most one mux per device is current, and what is known about it, usable or not and why, is always published.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, debug, info, info_span, warn};
+use tracing::{Instrument as _, info, info_span, warn};
 
 use super::{
     initiator::{self, InitiateError, Patience},
     metrics::ServiceMetrics,
+    resume::keep_attached,
 };
 use crate::{
-    agent::{Failure, HubClient, MuxSession, NetworkChanges, Retry},
+    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Retry},
     base::{Identity, StreamName},
     config::LinkLimits,
     proto::streams::MUX_STREAM,
     transport::{
         carrier::{CarrierMonitor, CarrierOptions},
-        hello::{HelloError, LinkControl, LocalHello, offer_new, offer_resume},
+        hello::{HelloError, LinkControl, LocalHello, Session, offer_new},
         mux::{Mux, Role},
     },
 };
@@ -37,11 +38,6 @@ use crate::{
 const AWAIT_DEVICE: Duration = Duration::from_secs(240);
 /// A device that is online answers at once; the documented default.
 const AWAIT_ANSWER: Duration = Duration::from_secs(30);
-/// While a link is detached its flows wait: the hub is asked with a shorter patience, so that a hub that lost our
-/// request is asked again soon.
-const RESUME_PATIENCE: Patience = Patience { connect: Duration::from_secs(60), response: Duration::from_secs(15) };
-/// Resume attempts on failing paths that run side by side; older ones are kept going (issue 4).
-const MAX_ATTEMPTS: usize = 4;
 /// How long a tunnel that was told to stop has to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -156,7 +152,7 @@ struct Keeper {
 
 /// Why an attempt at a session failed.
 #[derive(Debug, thiserror::Error)]
-enum AttemptError {
+pub(super) enum AttemptError {
     #[error("{0}")]
     Initiate(#[from] InitiateError),
     #[error("{0}")]
@@ -164,7 +160,7 @@ enum AttemptError {
 }
 
 impl AttemptError {
-    fn failure(&self) -> Failure {
+    pub(super) fn failure(&self) -> Failure {
         match self {
             Self::Initiate(error) => error.failure(),
             Self::Hello(HelloError::Io(_) | HelloError::Timeout(_)) => Failure::Path,
@@ -220,52 +216,62 @@ impl Keeper {
     }
 
     /// One attempt at a new session.
-    async fn attempt(&self) -> Result<(crate::transport::hello::Session, CarrierMonitor), AttemptError> {
+    async fn attempt(&self) -> Result<(Session, CarrierMonitor), AttemptError> {
         let patience = Patience { connect: AWAIT_DEVICE, response: AWAIT_ANSWER };
-        let carrier = open_leg(&self.deps, &self.device, patience).await?;
+        let carrier = open_leg(&self.deps, &self.device, patience, || {}).await?;
         let monitor = carrier.monitor();
         let session = offer_new(Box::new(carrier), &self.deps.hello).await?;
         Ok((session, monitor))
     }
 
     /// Keeps a session until it ends, and says why it ended.
-    async fn serve(&mut self, session: crate::transport::hello::Session, monitor: CarrierMonitor) -> String {
+    async fn serve(&mut self, session: Session, monitor: CarrierMonitor) -> String {
         let begun = Instant::now();
         let MuxSession { mux, incoming, driver, link, peer: _ } =
             MuxSession::begin(session, Role::Client, &self.deps.limits);
-        // The device opens no channels; if it does, the mux resets them once nobody takes them.
+        // The device opens no channels; the mux resets those that nobody takes.
         drop(incoming);
         self.deps.metrics.opened(&self.device);
-        info!(device = %self.device, resumable = link.is_some(), "device stream open");
-        let up = |monitor| TunnelState::Up { mux: mux.clone(), link: link.clone(), monitor, since: begun };
-        self.publish.send_replace(up(monitor.clone()));
-        let monitor = Arc::new(Mutex::new(monitor));
-        let stop = self.stop.clone();
-        let ended = {
-            let keep = async {
-                match &link {
-                    None => std::future::pending().await,
-                    Some(link) => self.keep_attached(link, &monitor, &up).await,
-                }
-            };
-            tokio::select! {
-                ended = driver.fuse() => Some(ended),
-                () = keep => None,
-                () = stop.cancelled() => None,
+        info!(resumable = link.is_some(), "device stream open");
+        let publish = |monitor| {
+            let (mux, link) = (mux.clone(), link.clone());
+            self.publish.send_replace(TunnelState::Up { mux, link, monitor, since: begun });
+        };
+        publish(monitor.clone());
+        let mut driver = pin!(driver);
+        let ended = tokio::select! {
+            ended = &mut driver => Some(ended),
+            () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), monitor, publish) => None,
+            () = self.stop.cancelled() => {
+                // The driver carries the goodbye, so that the device learns at once.
+                mux.close();
+                link.iter().for_each(|link| link.close("the service stops"));
+                timeout(GOODBYE, driver).await.ok()
             }
         };
-        let why = match (&link, ended) {
-            (Some(link), _) if link.end().is_some() => link.end().map(|end| end.to_string()).unwrap_or_default(),
-            (_, Some(Err(error))) => error.to_string(),
-            (_, Some(Ok(()))) => "ended by the device".into(),
-            (_, None) => "stopped".into(),
-        };
-        if let Some(link) = &link {
-            link.close("the service stops");
-            let _ = tokio::time::timeout(GOODBYE, link.ended()).await;
-        }
+        let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
+        let why = lost.unwrap_or_else(|| match ended {
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(())) => "ended by the device".into(),
+            None => "stopped".into(),
+        });
         self.deps.metrics.ended(&self.device);
-        info!(device = %self.device, seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
+        info!(seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
         why
     }
+}
+
+/// Asks for a device stream to the device's mux, and opens our leg of it.
+pub(super) async fn open_leg(
+    deps: &TunnelDeps,
+    device: &Identity,
+    patience: Patience,
+    reached: impl FnOnce() + Send,
+) -> Result<HubCarrier, InitiateError> {
+    let hub = deps.hub.borrow().clone();
+    initiator::open(&hub, device, &mux_stream(), patience, CarrierOptions::DATA, reached).await
+}
+
+fn mux_stream() -> StreamName {
+    MUX_STREAM.parse().unwrap_or_else(|error| unreachable!("{MUX_STREAM} is a stream name: {error}"))
 }

@@ -181,17 +181,25 @@ impl HttpError {
 
 /// Sends one request over a connection of its own.
 pub async fn request(dialer: &Dialer, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+    request_noting(dialer, request, || {}).await
+}
+
+/// The same, and calls `reached` once the server has proved its name: from then on it is the server that is slow.
+pub async fn request_noting(
+    dialer: &Dialer,
+    request: HttpRequest,
+    reached: impl FnOnce() + Send,
+) -> Result<HttpResponse, HttpError> {
     let host = request.url.host.clone();
     let after = request.timeout;
     let exchange = async {
         let dialled = dialer.connect(&request.url.host, request.url.port, None).await;
         let io = dialled.map_err(|source| HttpError::Dial { host: host.clone(), source })?;
+        reached();
         exchange(io, request, &host).await
     };
-    match tokio::time::timeout(after, exchange).await {
-        Ok(result) => result,
-        Err(_) => Err(HttpError::Timeout { host, after }),
-    }
+    let answered = tokio::time::timeout(after, exchange).await;
+    answered.unwrap_or_else(|_| Err(HttpError::Timeout { host: host.clone(), after }))
 }
 
 async fn exchange<S>(io: S, request: HttpRequest, host: &str) -> Result<HttpResponse, HttpError>
