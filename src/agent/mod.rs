@@ -8,12 +8,14 @@ pub mod control_socket;
 mod hub;
 mod identity;
 mod network;
+mod plain;
 mod retry;
 mod session;
 
 pub use hub::{CarrierFailure, HubCarrier, HubClient, HubSetupError, TOKEN_LIFETIME, is_unauthorized, now, skew_hint};
 pub use identity::{InstanceError, load_instance, new_boot};
 pub use network::NetworkChanges;
+pub use plain::PlainStream;
 pub use retry::{Next, Retry};
 pub use session::MuxSession;
 

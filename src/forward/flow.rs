@@ -72,6 +72,8 @@ pub enum Reason {
     SessionLost,
     /// The device said no, and this is what it said.
     Refused(Verdict),
+    /// The device rejected the plain device stream.
+    Rejected,
     /// The device could not be reached in time.
     Unavailable,
     /// A limit on connections was reached.
@@ -89,6 +91,7 @@ impl Reason {
             Self::PeerReset => "peer_reset",
             Self::SessionLost => "session_lost",
             Self::Refused(verdict) => verdict.as_str(),
+            Self::Rejected => "rejected",
             Self::Unavailable => "unavailable",
             Self::Limit => "limit",
             Self::Stopped => "stopped",

@@ -3,7 +3,7 @@
 //! Owns accepting, the rule's own limit, the life of each flow and its closing line. Does not know devices' streams:
 //! a [`Connector`] opens the far side. Invariant: every accepted connection ends in [`Shared::close_flow`], once.
 
-use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -15,16 +15,20 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, info, info_span, warn};
 
 use super::{
+    endpoint_of,
     flow::{Abort, FlowEnd, Reason, join},
     metrics::ForwardMetrics,
 };
 use crate::{
     config::{ForwardMode, ForwardRule},
-    transport::net::{Endpoint, Listener, Socket},
+    transport::net::{BindError, Endpoint, Listener, Socket},
 };
 
 /// How long flows that were cut have to notice; they only have to close their sockets.
 const CUT_GRACE: Duration = Duration::from_secs(2);
+
+/// A forward's Unix socket is for the daemon's own user.
+const UNIX_MODE: u32 = 0o600;
 
 /// The far side of a flow, ready to carry data.
 pub type Opened = Box<dyn FarSide>;
@@ -59,7 +63,7 @@ pub struct OpenFailure {
 
 /// Opens far sides. The one implementation that matters is the service's.
 pub trait Connector: Send + Sync + 'static {
-    /// Opens the far side of one flow of this rule. The caller bounds the wait by the rule's connect timeout.
+    /// Opens the far side of one flow of this rule, within the rule's connect timeout.
     fn open<'a>(&'a self, rule: &'a ForwardRule) -> BoxFuture<'a, Result<Opened, OpenFailure>>;
 }
 
@@ -85,10 +89,11 @@ pub struct Inlet {
 
 impl Inlet {
     /// Opens the listener and begins to accept.
-    pub async fn open(rule: ForwardRule, deps: InletDeps) -> io::Result<Self> {
-        let endpoint: Endpoint = rule.listen.to_string().parse().map_err(io::Error::other)?;
-        let listener = Listener::bind(&endpoint).await?;
-        let endpoint = listener.local_endpoint()?;
+    pub async fn open(rule: ForwardRule, deps: InletDeps) -> Result<Self, BindError> {
+        let wanted = endpoint_of(&rule.listen);
+        let listener = Listener::bind(&wanted, UNIX_MODE).await?;
+        // The port is known now, even if the rule says 0.
+        let endpoint = listener.endpoint().unwrap_or(wanted);
         deps.metrics.set_listening(&rule.name, true);
         let (sender, receiver) = watch::channel(Arc::new(rule));
         let (accepting, cut) = (CancellationToken::new(), CancellationToken::new());
@@ -166,7 +171,7 @@ impl Shared {
     async fn accept(&self, listener: Listener) {
         loop {
             // The listener itself waits out a lack of file descriptors.
-            let socket = listener.accept().await;
+            let (socket, _) = listener.accept().await;
             let rule = self.rule.borrow().clone();
             if self.flows.len() >= rule.max_connections {
                 socket.reset();
@@ -186,7 +191,7 @@ impl Shared {
         let begun = Instant::now();
         let open = self.deps.metrics.begin(&rule.name);
         let end = tokio::select! {
-            far = self.open_far(&rule) => match far {
+            far = self.deps.connector.open(&rule) => match far {
                 Ok(far) => {
                     let options = self.deps.metrics.options(&rule.name, rule.mode == ForwardMode::Mux);
                     join(socket, far, options, self.cut.cancelled()).await
@@ -200,17 +205,6 @@ impl Shared {
         };
         drop(open);
         self.close_flow(&rule, begun, end);
-    }
-
-    async fn open_far(&self, rule: &ForwardRule) -> Result<Opened, OpenFailure> {
-        let opening = pin!(self.deps.connector.open(rule));
-        timeout(rule.connect_timeout, opening).await.unwrap_or_else(|_| {
-            let waited = rule.connect_timeout.as_secs();
-            Err(OpenFailure {
-                reason: Reason::Unavailable,
-                detail: format!("device {} could not be reached within {waited} s", rule.identity()),
-            })
-        })
     }
 
     /// The one place where a flow ends: one line, one count.

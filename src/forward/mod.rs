@@ -17,3 +17,16 @@ pub use metrics::{ForwardMetrics, TargetMetrics};
 pub use outlet::{Dialled, Outlet, OutletError, serve_channel};
 pub use plan::{Running, Step, plan};
 pub use verdict::{RefusedByDevice, Verdicted};
+
+use crate::{config::ListenAddress, transport::net::Endpoint};
+
+/// An address of the configuration as the sockets know it: both were parsed strictly, by the same rules.
+fn endpoint_of(address: &ListenAddress) -> Endpoint {
+    match address {
+        ListenAddress::Unix(path) => Endpoint::Unix(path.clone()),
+        ListenAddress::Tcp(_) => Endpoint::Tcp {
+            host: address.host().unwrap_or_default().to_owned(),
+            port: address.port().unwrap_or_default(),
+        },
+    }
+}

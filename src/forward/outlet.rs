@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{
+    endpoint_of,
     flow::{Abort, FlowEnd, Reason, join},
     metrics::TargetMetrics,
 };
@@ -30,7 +31,7 @@ use crate::{
     proto::open::{MAX_HEADER, OpenRequest, Verdict},
     transport::{
         mux::Channel,
-        net::{self, ConnectError, Endpoint, Socket},
+        net::{self, ConnectError, Socket},
     },
 };
 
@@ -87,10 +88,10 @@ impl OutletError {
 
 fn dial_verdict(error: &ConnectError) -> Verdict {
     match error {
-        ConnectError::Timeout(_) => Verdict::Timeout,
-        ConnectError::Resolve { .. } => Verdict::Unresolved,
-        ConnectError::NotAllowed(_) => Verdict::NotAllowed,
-        ConnectError::Io { source, .. } => match source.kind() {
+        ConnectError::Timeout { .. } => Verdict::Timeout,
+        ConnectError::Resolve { .. } | ConnectError::NoAddress(_) => Verdict::Unresolved,
+        ConnectError::NotAllowed { .. } => Verdict::NotAllowed,
+        ConnectError::Failed { source, .. } | ConnectError::Unix { source, .. } => match source.kind() {
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Verdict::Refused,
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable | io::ErrorKind::AddrNotAvailable => {
                 Verdict::Unreachable
@@ -225,7 +226,7 @@ impl Outlet {
 /// Dials the rule's address. Host names are resolved now; link-local addresses, where clouds keep their metadata
 /// services, are refused unless the rule permits them or names one literally.
 async fn dial_address(rule: &TargetRule) -> Result<Socket, ConnectError> {
-    let endpoint = Endpoint::from(&rule.address);
+    let endpoint = endpoint_of(&rule.address);
     let literal = rule.address.host().is_some_and(|host| host.parse::<IpAddr>().is_ok());
     let may_link_local = rule.allow_link_local || literal;
     let allowed = move |address: IpAddr| may_link_local || !is_link_local(address);

@@ -1,0 +1,197 @@
+//! Opens the far side of a flow: a channel of the device's tunnel, or a plain device stream of its own.
+//!
+//! Owns the limits over all forwards and per device. Does not know listeners. Invariant: a far side holds its permits
+//! for as long as it lives.
+
+use std::{
+    collections::HashMap,
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use futures_util::future::BoxFuture;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    time::{Instant, timeout_at},
+};
+use tracing::{info, warn};
+
+use super::{
+    initiator::{self, InitiateError, Patience},
+    tunnels::Tunnels,
+};
+use crate::{
+    agent::{HubClient, PlainStream, control_socket::Reply},
+    base::{Identity, Name, StreamName},
+    config::{ForwardMode, ForwardRule, ServiceLimits},
+    forward::{Abort, Connector, OpenFailure, Opened, Reason, Verdicted},
+    proto::open::OpenRequest,
+    transport::{carrier::CarrierOptions, mux::Channel},
+};
+
+/// How long `culvert connect` waits for the device and its target.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// The service's connector. Clones share limits.
+#[derive(Clone)]
+pub(crate) struct ServiceConnector {
+    hub: watch::Receiver<HubClient>,
+    tunnels: Tunnels,
+    all: Arc<Semaphore>,
+    per_device: usize,
+    devices: Arc<Mutex<HashMap<Identity, Arc<Semaphore>>>>,
+}
+
+impl ServiceConnector {
+    pub(super) fn new(hub: watch::Receiver<HubClient>, tunnels: Tunnels, limits: &ServiceLimits) -> Self {
+        let all = Arc::new(Semaphore::new(limits.max_connections));
+        Self { hub, tunnels, all, per_device: limits.max_connections_per_device, devices: Arc::default() }
+    }
+
+    fn permits(&self, device: &Identity) -> Result<Permits, OpenFailure> {
+        let refuse = |what: &str| OpenFailure {
+            reason: Reason::Limit,
+            detail: format!("as many connections as there may be {what} (see [limits] in service.toml)"),
+        };
+        let own = {
+            let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+            // Devices without connections take no memory.
+            devices.retain(|_, permits| permits.available_permits() < self.per_device);
+            devices.entry(device.clone()).or_insert_with(|| Arc::new(Semaphore::new(self.per_device))).clone()
+        };
+        let own = own.try_acquire_owned().map_err(|_| refuse("to this device"))?;
+        let all = self.all.clone().try_acquire_owned().map_err(|_| refuse("over all forwards"))?;
+        Ok([own, all])
+    }
+
+    /// Opens a channel to a target of a device and writes its header. Waits for the device until `deadline`.
+    async fn open_channel(
+        &self,
+        device: &Identity,
+        target: &Name,
+        deadline: Instant,
+    ) -> Result<Verdicted<Channel>, OpenFailure> {
+        let tunnel = self.tunnels.to(device);
+        let mut header = BytesMut::new();
+        OpenRequest::Target(target.clone()).encode(&mut header);
+        let open = async {
+            loop {
+                // A mux that ended in this moment is replaced; the wait for that is bounded by the deadline.
+                let Ok(mut channel) = tunnel.mux().await.open().await else {
+                    tokio::task::yield_now().await;
+                    continue;
+                };
+                if channel.write_all(&header).await.is_ok() && channel.flush().await.is_ok() {
+                    return Verdicted::new(channel);
+                }
+            }
+        };
+        timeout_at(deadline, open).await.map_err(|_| OpenFailure {
+            reason: Reason::Unavailable,
+            detail: format!("no device stream to {device} in time: {}", tunnel.why()),
+        })
+    }
+
+    async fn open_plain(&self, rule: &ForwardRule) -> Result<PlainStream, OpenFailure> {
+        let hub = self.hub.borrow().clone();
+        let patience = Patience { connect: rule.connect_timeout, response: rule.connect_timeout };
+        let stream = StreamName::from(&rule.target);
+        let opened = initiator::open(&hub, &rule.identity(), &stream, patience, CarrierOptions::PLAIN, || {}).await;
+        let carrier = opened.map_err(|error| plain_failure(&error))?;
+        Ok(PlainStream::new(carrier, rule.plain_eof))
+    }
+
+    /// Joins a `culvert connect` with a target.
+    pub(super) async fn join(&self, device: Identity, target: Name) -> Reply {
+        match self.connect(&device, &target).await {
+            Ok(far) => {
+                info!(%device, %target, "culvert connect joined");
+                Reply::Join(Box::new(far))
+            }
+            Err(failure) => {
+                warn!(%device, %target, reason = failure.reason.as_str(), "culvert connect failed: {failure}");
+                Reply::Refused(failure.to_string())
+            }
+        }
+    }
+
+    /// Opens a far side and waits for the device's verdict, so that a refusal can still be told in words.
+    async fn connect(&self, device: &Identity, target: &Name) -> Result<Held<Verdicted<Channel>>, OpenFailure> {
+        let deadline = Instant::now() + CONNECT_LIMIT;
+        let permits = self.permits(device)?;
+        let mut channel = self.open_channel(device, target, deadline).await?;
+        let verdict = timeout_at(deadline, channel.verdict()).await;
+        match verdict {
+            Ok(Ok(())) => Ok(Held { far: channel, _permits: permits }),
+            Ok(Err(error)) => Err(OpenFailure { reason: Reason::PeerReset, detail: error.to_string() }),
+            Err(_) => {
+                let detail = format!("no verdict from {device} within {} s", CONNECT_LIMIT.as_secs());
+                Err(OpenFailure { reason: Reason::Unavailable, detail })
+            }
+        }
+    }
+}
+
+impl Connector for ServiceConnector {
+    fn open<'a>(&'a self, rule: &'a ForwardRule) -> BoxFuture<'a, Result<Opened, OpenFailure>> {
+        Box::pin(async move {
+            let device = rule.identity();
+            let permits = self.permits(&device)?;
+            Ok(match rule.mode {
+                ForwardMode::Mux => {
+                    let deadline = Instant::now() + rule.connect_timeout;
+                    let far = self.open_channel(&device, &rule.target, deadline).await?;
+                    Box::new(Held { far, _permits: permits }) as Opened
+                }
+                ForwardMode::Plain => Box::new(Held { far: self.open_plain(rule).await?, _permits: permits }),
+            })
+        })
+    }
+}
+
+fn plain_failure(error: &InitiateError) -> OpenFailure {
+    let reason = match error {
+        InitiateError::Rejected { .. } => Reason::Rejected,
+        _ => Reason::Unavailable,
+    };
+    OpenFailure { reason, detail: error.to_string() }
+}
+
+type Permits = [OwnedSemaphorePermit; 2];
+
+/// A far side that holds its permits.
+struct Held<F> {
+    far: F,
+    _permits: Permits,
+}
+
+impl<F: AsyncRead + Unpin> AsyncRead for Held<F> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.far).poll_read(cx, buf)
+    }
+}
+
+impl<F: AsyncWrite + Unpin> AsyncWrite for Held<F> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.far).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.far).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.far).poll_shutdown(cx)
+    }
+}
+
+impl<F: Abort> Abort for Held<F> {
+    fn abort(self) {
+        self.far.abort();
+    }
+}
