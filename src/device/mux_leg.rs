@@ -1,0 +1,297 @@
+//! Mux device streams at the device: one per service daemon.
+//!
+//! Owns the sessions, their links, and who may resume which. Does not know stream requests. Invariant: a link is
+//! resumed only for the policy that created it; operators never evict each other.
+
+use std::{
+    collections::HashMap,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, debug, info, info_span, warn};
+
+use super::metrics::DeviceMetrics;
+use crate::{
+    agent::{HubCarrier, MuxSession, NetworkChanges},
+    base::Name,
+    config::{DeviceLimits, LinkLimits},
+    forward::{Outlet, serve_channel},
+    proto::control::lost_topic,
+    transport::{
+        carrier::CarrierMonitor,
+        hello::{HelloError, LinkControl, LinkId, LinkTable, LocalHello, PeerHello, Received, Session, receive},
+        mux::Role,
+    },
+};
+
+/// How long channels have to notice that their mux is gone; they only have to close their sockets.
+const CHANNELS_END: Duration = Duration::from_secs(5);
+/// How long a goodbye may take when the daemon stops.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// All mux legs of a device. Clones share them.
+#[derive(Clone)]
+pub(super) struct MuxLegs {
+    hello: LocalHello,
+    limits: LinkLimits,
+    max_services: usize,
+    outlet: Outlet,
+    outbox: mpsc::Sender<String>,
+    network: NetworkChanges,
+    metrics: DeviceMetrics,
+    open: Arc<Mutex<Table>>,
+}
+
+#[derive(Default)]
+struct Table {
+    next: u64,
+    sessions: HashMap<u64, Entry>,
+}
+
+/// A session that runs.
+struct Entry {
+    peer: PeerHello,
+    policy: Option<Name>,
+    link: Option<LinkControl>,
+    /// The bridge of the present carrier, and a view of it.
+    sid: Option<String>,
+    monitor: CarrierMonitor,
+    /// Ends the session.
+    end: CancellationToken,
+}
+
+impl MuxLegs {
+    pub(super) fn new(
+        hello: LocalHello,
+        limits: &DeviceLimits,
+        outlet: Outlet,
+        outbox: mpsc::Sender<String>,
+        network: NetworkChanges,
+        metrics: DeviceMetrics,
+    ) -> Self {
+        let (max_services, limits) = (limits.max_services, limits.link.clone());
+        Self { hello, limits, max_services, outlet, outbox, network, metrics, open: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many sessions run.
+    pub(super) fn len(&self) -> usize {
+        self.lock().sessions.len()
+    }
+
+    /// Serves a leg: a new session until its end, or a carrier for a link that waits for one.
+    pub(super) async fn serve(
+        &self,
+        carrier: HubCarrier,
+        policy: Option<Name>,
+        sid: Option<String>,
+        stop: CancellationToken,
+    ) {
+        let monitor = carrier.monitor();
+        let admission = Admission { legs: self, policy: policy.as_ref() };
+        let received = tokio::select! {
+            received = receive(Box::new(carrier), &self.hello, &admission) => received,
+            () = stop.cancelled() => return,
+        };
+        match received {
+            Ok(Received::New(session)) => self.serve_new(session, policy, sid, monitor, stop).await,
+            Ok(Received::Resumed(link)) => self.resumed(&link, sid, monitor),
+            Err(error @ HelloError::Refused(_)) => info!("a mux device stream was not taken: {error}"),
+            Err(error) => warn!("a mux device stream failed at its hello: {error}"),
+        }
+    }
+
+    fn resumed(&self, link: &LinkControl, sid: Option<String>, monitor: CarrierMonitor) {
+        let id = link.id();
+        let mut table = self.lock();
+        let entry = table.sessions.values_mut().find(|entry| entry.link.as_ref().is_some_and(|link| link.id() == id));
+        if let Some(entry) = entry {
+            entry.sid = sid;
+            entry.monitor = monitor;
+        }
+    }
+
+    /// The life of a session at the device.
+    async fn serve_new(
+        &self,
+        session: Session,
+        policy: Option<Name>,
+        sid: Option<String>,
+        monitor: CarrierMonitor,
+        stop: CancellationToken,
+    ) {
+        let begun = Instant::now();
+        let end = stop.child_token();
+        let link = session.link.clone();
+        let entry = Entry {
+            peer: session.peer.clone(),
+            policy: policy.clone(),
+            link: link.clone(),
+            sid,
+            monitor,
+            end: end.clone(),
+        };
+        let registration = self.register(entry);
+        let name = policy.as_ref().map_or("(none)", Name::as_str).to_owned();
+        info!(policy = name, resumable = link.is_some(), "device stream open");
+        let why = tokio::select! {
+            why = self.run(session, policy, end) => why,
+            () = self.watch(registration.key) => unreachable!("the watch has no end"),
+        };
+        drop(registration);
+        info!(policy = name, seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
+    }
+
+    /// Enters a session, and ends at once what a restart of the same service daemon left behind.
+    fn register(&self, entry: Entry) -> Registration<'_> {
+        let mut table = self.lock();
+        for old in table.sessions.values() {
+            let is_same = old.peer.instance == entry.peer.instance && old.policy == entry.policy;
+            if is_same && old.peer.boot != entry.peer.boot {
+                debug!("a service daemon restarted; its earlier device stream ends");
+                old.end.cancel();
+            }
+        }
+        let key = table.next;
+        table.next += 1;
+        table.sessions.insert(key, entry);
+        self.metrics.services.set(i64::try_from(table.sessions.len()).unwrap_or(i64::MAX));
+        Registration { legs: self, key }
+    }
+
+    /// Runs the mux and its channels until it ends, and says why it ended.
+    async fn run(&self, session: Session, policy: Option<Name>, end: CancellationToken) -> String {
+        let MuxSession { mux, mut incoming, driver, link, peer: _ } =
+            MuxSession::begin(session, Role::Server, &self.limits);
+        let mut driver = pin!(driver);
+        let mut channels = JoinSet::new();
+        let cut = end.child_token();
+        let ended = loop {
+            tokio::select! {
+                ended = &mut driver => break Some(ended),
+                () = end.cancelled() => break None,
+                Some(channel) = incoming.accept() => {
+                    let span = info_span!("channel", policy = policy.as_ref().map(Name::as_str));
+                    let serve = serve_channel(channel, self.outlet.clone(), policy.clone(), cut.clone());
+                    channels.spawn(serve.instrument(span));
+                }
+                Some(_) = channels.join_next(), if !channels.is_empty() => {}
+            }
+        };
+        if ended.is_none() {
+            // The driver carries the goodbye, so that the service learns at once.
+            mux.close();
+            link.iter().for_each(|link| link.close("the device ends the device stream"));
+            let _ = timeout(GOODBYE, driver).await;
+        }
+        cut.cancel();
+        let _ = timeout(CHANNELS_END, async { while channels.join_next().await.is_some() {} }).await;
+        let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
+        lost.unwrap_or_else(|| match ended {
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(())) => "ended by the service".into(),
+            None => "ended here".into(),
+        })
+    }
+
+    /// Tells the hub at once when the carrier of a session is lost, and probes it when the network changes. No end.
+    async fn watch(&self, key: u64) {
+        let mut network = self.network.clone();
+        loop {
+            let Some((link, monitor)) =
+                self.lock().sessions.get(&key).map(|entry| (entry.link.clone(), entry.monitor.clone()))
+            else {
+                return std::future::pending().await;
+            };
+            tokio::select! {
+                () = network.changed() => monitor.probe(),
+                () = gone(link.as_ref()) => {
+                    self.report_lost(key);
+                    match &link {
+                        Some(link) if link.wait_attached().await => {}
+                        _ => return std::future::pending().await,
+                    }
+                }
+            }
+        }
+    }
+
+    fn report_lost(&self, key: u64) {
+        let sid = self.lock().sessions.get_mut(&key).and_then(|entry| entry.sid.take());
+        if let Some(sid) = sid {
+            // A full outbox means no control session either; then the hub finds out by itself.
+            let _ = self.outbox.try_send(lost_topic(&sid));
+        }
+    }
+
+    /// One entry per session, for `culvert status`.
+    pub(super) fn status(&self) -> serde_json::Value {
+        let table = self.lock();
+        let row = |entry: &Entry| {
+            serde_json::json!({
+                "policy": entry.policy.as_ref().map(Name::as_str),
+                "state": if entry.link.as_ref().is_none_or(LinkControl::attached) { "up" } else { "detached" },
+                "rtt_seconds": entry.monitor.rtt().map(|rtt| rtt.as_secs_f64()),
+            })
+        };
+        table.sessions.values().map(row).collect()
+    }
+}
+
+async fn gone(link: Option<&LinkControl>) {
+    match link {
+        Some(link) => {
+            let why = link.wait_detached().await;
+            debug!("carrier lost: {why}");
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Removes its session when dropped.
+struct Registration<'a> {
+    legs: &'a MuxLegs,
+    key: u64,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        let mut table = self.legs.lock();
+        table.sessions.remove(&self.key);
+        self.legs.metrics.services.set(i64::try_from(table.sessions.len()).unwrap_or(i64::MAX));
+    }
+}
+
+/// Who may begin, and who may resume what.
+struct Admission<'a> {
+    legs: &'a MuxLegs,
+    policy: Option<&'a Name>,
+}
+
+impl LinkTable for Admission<'_> {
+    fn find(&self, id: &LinkId) -> Option<LinkControl> {
+        let table = self.legs.lock();
+        let mut own = table.sessions.values().filter(|entry| entry.policy.as_ref() == self.policy);
+        own.find_map(|entry| entry.link.clone().filter(|link| link.id() == *id))
+    }
+
+    fn admit(&self, peer: &PeerHello) -> Result<(), String> {
+        let table = self.legs.lock();
+        let others = table.sessions.values().filter(|entry| entry.peer.instance != peer.instance).count();
+        if others < self.legs.max_services {
+            return Ok(());
+        }
+        Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))
+    }
+}
