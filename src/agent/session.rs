@@ -6,7 +6,7 @@
 use crate::{
     config::LinkLimits,
     transport::{
-        hello::{LinkControl, PeerHello, Session},
+        hello::{LinkControl, PeerHello, Session, SessionIo},
         mux::{self, Incoming, Mux, MuxDriver, MuxOptions, Role},
     },
 };
@@ -18,7 +18,7 @@ pub struct MuxSession {
     /// Yields the channels that the other side opens.
     pub incoming: Incoming,
     /// Moves the bytes.
-    pub driver: MuxDriver,
+    pub driver: MuxDriver<SessionIo>,
     /// The link below, if there is one.
     pub link: Option<LinkControl>,
     /// The other daemon.

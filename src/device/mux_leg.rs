@@ -85,11 +85,6 @@ impl MuxLegs {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many sessions run.
-    pub(super) fn len(&self) -> usize {
-        self.lock().sessions.len()
-    }
-
     /// Serves a leg: a new session until its end, or a carrier for a link that waits for one.
     pub(super) async fn serve(
         &self,

@@ -423,3 +423,158 @@ fn poll_discard<R: AsyncRead + Unpin>(cx: &mut Context<'_>, reader: &mut R) -> P
 fn write_zero() -> DirectionError {
     DirectionError::Writing(io::ErrorKind::WriteZero.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    use super::*;
+
+    /// One end of a pipe, which notes that it was aborted.
+    struct Pipe {
+        io: DuplexStream,
+        aborted: Arc<AtomicBool>,
+    }
+
+    impl Pipe {
+        fn new(capacity: usize) -> (Self, DuplexStream, Arc<AtomicBool>) {
+            let (io, peer) = duplex(capacity);
+            let aborted = Arc::new(AtomicBool::new(false));
+            (Self { io, aborted: aborted.clone() }, peer, aborted)
+        }
+    }
+
+    impl AsyncRead for Pipe {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Pipe {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.io).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+    }
+
+    impl Abort for Pipe {
+        fn abort(self) {
+            self.aborted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn options(half_close: bool) -> FlowOptions {
+        let counter = || IntCounter::new("bytes", "bytes").unwrap();
+        FlowOptions { half_close, sent: counter(), received: counter() }
+    }
+
+    fn never() -> std::future::Pending<()> {
+        std::future::pending()
+    }
+
+    #[tokio::test]
+    async fn each_direction_ends_by_itself_and_nothing_is_lost() {
+        let (local, mut client, _) = Pipe::new(100);
+        let (far, mut server, _) = Pipe::new(7);
+        let flow = join(local, far, options(true), never());
+        let upload: Vec<u8> = (0..100_000u32).map(|n| n as u8).collect();
+        let sent = upload.clone();
+        let client = async {
+            client.write_all(&sent).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let server = async {
+            let mut received = Vec::new();
+            server.read_to_end(&mut received).await.unwrap();
+            server.write_all(b"got it").await.unwrap();
+            server.shutdown().await.unwrap();
+            received
+        };
+        let (end, answer, received) = tokio::join!(flow, client, server);
+        assert_eq!((end.reason, end.sent, end.received), (Reason::Done, 100_000, 6));
+        assert_eq!((answer.as_str(), received == upload), ("got it", true));
+    }
+
+    #[tokio::test]
+    async fn a_stop_resets_both_sides() {
+        let (local, _client, local_aborted) = Pipe::new(64);
+        let (far, _server, far_aborted) = Pipe::new(64);
+        let end = join(local, far, options(true), std::future::ready(())).await;
+        assert_eq!(end.reason, Reason::Stopped);
+        assert!(local_aborted.load(Ordering::Relaxed) && far_aborted.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_far_side_resets_the_local_one() {
+        let (local, _client, local_aborted) = Pipe::new(64);
+        let (far, server, _) = Pipe::new(64);
+        drop(server);
+        // The far pipe is gone: what the client writes cannot be delivered.
+        let (flow, mut client) = (join(local, far, options(true), never()), _client);
+        let (end, _) = tokio::join!(flow, client.write_all(b"x"));
+        assert_eq!(end.reason, Reason::PeerReset);
+        assert!(local_aborted.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_plain_stream_holds_a_local_end_until_the_other_direction_is_idle() {
+        let (local, mut client, _) = Pipe::new(64);
+        let (far, mut server, _) = Pipe::new(64);
+        let flow = join(local, far, options(false), never());
+        let client = async {
+            client.write_all(b"question").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let server = async {
+            let mut question = [0; 8];
+            server.read_exact(&mut question).await.unwrap();
+            let asked = Instant::now();
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            server.write_all(b"late answer").await.unwrap();
+            // The Close comes 30 s after the answer, not after the question.
+            assert_eq!(server.read(&mut question).await.unwrap(), 0);
+            assert!(asked.elapsed() >= Duration::from_secs(50));
+            drop(server);
+        };
+        let (end, answer, ()) = tokio::join!(flow, client, server);
+        assert_eq!((end.reason, answer.as_str()), (Reason::Done, "late answer"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_plain_streams_far_end_lets_the_client_read_everything() {
+        let (local, mut client, _) = Pipe::new(64);
+        let (far, mut server, _) = Pipe::new(64);
+        let flow = join(local, far, options(false), never());
+        let server = async {
+            server.write_all(b"all of it").await.unwrap();
+            server.shutdown().await.unwrap();
+            // Held open: only the far side's write end is closed, as after a WebSocket Close.
+            server
+        };
+        let client = async {
+            let mut text = String::new();
+            client.read_to_string(&mut text).await.unwrap();
+            text
+        };
+        let (end, text, _server) = tokio::join!(flow, client, server);
+        assert_eq!((end.reason, text.as_str()), (Reason::Done, "all of it"));
+    }
+}

@@ -26,20 +26,20 @@ const COMPONENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(
 
 /// A device stream that the device has accepted: our leg's address and ticket.
 #[derive(Debug)]
-pub struct Grant {
+pub(super) struct Grant {
     /// Where to connect.
-    pub url: String,
+    pub(super) url: String,
     /// What admits us, once.
-    pub ticket: Secret,
+    pub(super) ticket: Secret,
 }
 
 /// How long to wait for the device.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
+pub(super) struct Patience {
     /// For an offline device to appear.
-    pub connect: Duration,
+    pub(super) connect: Duration,
     /// For a connected device to answer.
-    pub response: Duration,
+    pub(super) response: Duration,
 }
 
 /// Why there is no device stream. Display is for the log and for `/readyz`.
@@ -126,7 +126,7 @@ impl InitiateError {
 }
 
 /// Opens a device stream: asks, and connects our leg. Calls `reached` once the hub has been reached.
-pub async fn open(
+pub(super) async fn open(
     hub: &HubClient,
     device: &Identity,
     stream: &StreamName,
@@ -139,7 +139,7 @@ pub async fn open(
 }
 
 /// Asks the hub for a device stream. Calls `reached` once the hub has been reached.
-pub async fn initiate(
+pub(super) async fn initiate(
     hub: &HubClient,
     device: &Identity,
     stream: &StreamName,
@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn ids_are_encoded_into_the_path() {
         let path = path(&"a b".replace(' ', "%").parse().unwrap(), &"TestStream".parse().unwrap());
-        assert_eq!(path, "/twins/a%25/streams/TestStream?api-version=2020-09-30");
+        assert_eq!(path, "/twins/a%25b/streams/TestStream?api-version=2020-09-30");
     }
 
     #[test]

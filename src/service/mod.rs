@@ -85,7 +85,6 @@ pub(crate) struct Shared {
     connector: ServiceConnector,
     board: HealthBoard,
     metrics: ServiceMetrics,
-    forwards: ForwardMetrics,
     stop: CancellationToken,
     /// Taken by the supervisor when it begins.
     network: Mutex<Option<CancellationToken>>,
@@ -121,7 +120,6 @@ impl Service {
             tunnels,
             board: HealthBoard::default(),
             metrics,
-            forwards: forwards.clone(),
             stop,
             network: Mutex::new(Some(network_stop)),
             connector: connector.clone(),
