@@ -38,9 +38,7 @@ pub fn load_instance(state_dir: &Path) -> Result<InstanceId, InstanceError> {
     let path = state_dir.join(FILE);
     let io_error = |source| InstanceError::Io { path: path.clone(), source };
     match fs::read_to_string(&path) {
-        Ok(text) => {
-            parse_hex(text.trim()).map(InstanceId).ok_or_else(|| InstanceError::Content { path: path.clone() })
-        }
+        Ok(text) => parse_hex(text.trim()).map(InstanceId).ok_or_else(|| InstanceError::Content { path: path.clone() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let id = random_bytes::<16>();
             fs::create_dir_all(state_dir).map_err(io_error)?;

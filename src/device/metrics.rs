@@ -17,12 +17,10 @@ pub struct DeviceMetrics {
 
 impl Default for DeviceMetrics {
     fn default() -> Self {
-        let gauge = |name: &str, help: &str| {
-            IntGauge::new(name, help).unwrap_or_else(|error| panic!("metric name: {error}"))
-        };
-        let counter = |name: &str, help: &str| {
-            IntCounter::new(name, help).unwrap_or_else(|error| panic!("metric name: {error}"))
-        };
+        let gauge =
+            |name: &str, help: &str| IntGauge::new(name, help).unwrap_or_else(|error| panic!("metric name: {error}"));
+        let counter =
+            |name: &str, help: &str| IntCounter::new(name, help).unwrap_or_else(|error| panic!("metric name: {error}"));
         Self {
             connected: gauge("culvert_device_hub_connected", "1 while the control session with the hub is up."),
             services: gauge("culvert_device_mux_streams", "Mux device streams open now, one per service daemon."),

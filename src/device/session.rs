@@ -123,8 +123,7 @@ impl ControlSession {
         let token = hub.token();
         let carrier = hub.control_carrier(if token.is_some() { PATH } else { PATH_X509 }).await?;
         let ping = Box::pin(sleep(PING));
-        let mut session =
-            Self { carrier, inbox: BytesMut::new(), outbox: BytesMut::new(), unflushed: false, ping };
+        let mut session = Self { carrier, inbox: BytesMut::new(), outbox: BytesMut::new(), unflushed: false, ping };
         timeout(OPEN_LIMIT, session.log_in(hub)).await.map_err(|_| SessionError::Timeout)??;
         Ok(session)
     }

@@ -129,8 +129,7 @@ pub struct Dialled {
 impl Outlet {
     /// An outlet with these targets, at most `limit` connections over all of them.
     pub fn new(targets: &[TargetRule], limit: usize, metrics: TargetMetrics) -> Self {
-        let outlet =
-            Self { targets: Arc::default(), connections: Arc::new(Semaphore::new(limit)), limit, metrics };
+        let outlet = Self { targets: Arc::default(), connections: Arc::new(Semaphore::new(limit)), limit, metrics };
         outlet.set_targets(targets);
         outlet
     }
@@ -167,8 +166,10 @@ impl Outlet {
 
     fn find(&self, name: &Name, policy: Option<&Name>) -> Result<Target, OutletError> {
         let targets = self.targets();
-        let target =
-            targets.iter().find(|target| target.rule.name == *name).ok_or_else(|| OutletError::Unknown(name.clone()))?;
+        let target = targets
+            .iter()
+            .find(|target| target.rule.name == *name)
+            .ok_or_else(|| OutletError::Unknown(name.clone()))?;
         if !target.rule.allows(policy) {
             return Err(OutletError::NotAllowed { target: name.clone(), policy: policy.cloned() });
         }

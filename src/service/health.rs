@@ -206,9 +206,7 @@ async fn examine(shared: &Shared, rule: &ForwardRule) -> ForwardHealth {
         TunnelState::Up { mux, .. } => match timeout(ECHO_LIMIT, echo(&mux)).await {
             Ok(Ok(())) => ForwardHealth::Usable,
             Ok(Err(error)) => ForwardHealth::Unusable(format!("the echo failed: {error}")),
-            Err(_) => {
-                ForwardHealth::Unusable(format!("no echo within {} s ({})", ECHO_LIMIT.as_secs(), tunnel.why()))
-            }
+            Err(_) => ForwardHealth::Unusable(format!("no echo within {} s ({})", ECHO_LIMIT.as_secs(), tunnel.why())),
         },
     }
 }

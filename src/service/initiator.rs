@@ -16,7 +16,10 @@ use crate::{
     proto::streams::{
         ACCEPTED_HEADER, CONNECT_TIMEOUT_HEADER, REASON_HEADER, RESPONSE_TIMEOUT_HEADER, TOKEN_HEADER, URL_HEADER,
     },
-    transport::{carrier::CarrierOptions, http::{HttpError, HttpResponse}},
+    transport::{
+        carrier::CarrierOptions,
+        http::{HttpError, HttpResponse},
+    },
 };
 
 /// How long the hub may take beyond the timeouts that we asked for.

@@ -106,7 +106,10 @@ impl Service {
             // The mux takes what comes, so the window is what the sender may keep for a resume.
             receive_window: u32::try_from(limits.max_replay).unwrap_or(u32::MAX),
             resume_for: config.resume_for,
-            links: LinkSettings { budget: ReplayBudget::new(limits.max_replay_total, limits.max_replay), metrics: links },
+            links: LinkSettings {
+                budget: ReplayBudget::new(limits.max_replay_total, limits.max_replay),
+                metrics: links,
+            },
         };
         let (stop, network_stop) = (CancellationToken::new(), CancellationToken::new());
         let (network, network_runner) = NetworkChanges::start(network_stop.clone());

@@ -3,11 +3,7 @@
 //! Owns opening, resuming and opening anew. Does not know forwards or listeners: they ask for channels. Invariant: at
 //! most one mux per device is current, and what is known about it, usable or not and why, is always published.
 
-use std::{
-    pin::pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,

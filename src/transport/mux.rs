@@ -248,10 +248,9 @@ impl State {
 /// What a channel's failure looks like to whoever reads or writes it; the failure itself is the error's source.
 fn channel_error(failure: ChannelFailure) -> io::Error {
     let kind = match failure {
-        ChannelFailure::ResetByPeer
-        | ChannelFailure::Reset
-        | ChannelFailure::Unread
-        | ChannelFailure::DataAfterEnd => io::ErrorKind::ConnectionReset,
+        ChannelFailure::ResetByPeer | ChannelFailure::Reset | ChannelFailure::Unread | ChannelFailure::DataAfterEnd => {
+            io::ErrorKind::ConnectionReset
+        }
         ChannelFailure::Aborted => io::ErrorKind::ConnectionAborted,
         ChannelFailure::Finished => io::ErrorKind::BrokenPipe,
     };

@@ -58,7 +58,6 @@ pub struct MuxDriver<T> {
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-
 impl<T: AsyncRead + AsyncWrite + Unpin> MuxDriver<T> {
     pub(super) fn new(io: T, shared: Arc<Shared>) -> Self {
         let output = BytesMut::new();

@@ -119,7 +119,9 @@ async fn a_drop_is_a_reset_in_every_state() {
                     tokio::task::yield_now().await;
                 }
             }
-            _ => assert_eq!(near.read_to_end(&mut rest).await.unwrap_err().kind(), ErrorKind::ConnectionReset, "{state}"),
+            _ => {
+                assert_eq!(near.read_to_end(&mut rest).await.unwrap_err().kind(), ErrorKind::ConnectionReset, "{state}")
+            }
         }
     }
 }
