@@ -11,8 +11,11 @@
 //! never sent, and swallowed when received. Text messages are data. There is no half-close: after `poll_shutdown`
 //! what was already on its way can still be read, then the stream ends.
 
+mod error;
+mod farewell;
 mod life;
 mod monitor;
+mod pulse;
 #[cfg(test)]
 mod tests;
 mod upgrade;
@@ -23,7 +26,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -35,69 +37,28 @@ use tokio::{
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
-        self, Message,
-        error::ProtocolError,
+        Message,
         protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 
-use life::{Due, Life};
+use error::{carrier_error, write_error};
+use farewell::Farewell;
+use life::Life;
 use monitor::Shared;
 
+pub use error::CarrierError;
 pub use life::{Liveness, Silence};
 pub use monitor::CarrierMonitor;
 pub use upgrade::{Upgrade, UpgradeError};
 
-/// The payload of a full message. With the largest header (14 bytes) a message is exactly four TLS records, and
-/// within the 65,536 bytes that every receiver takes.
-pub const MAX_MESSAGE: usize = 65_536 - 14;
+/// The payload of a full message. With a client's header (8 bytes) a message is exactly four TLS records, and within
+/// the 65,536 bytes that every receiver takes.
+pub const MAX_MESSAGE: usize = 65_536 - 8;
 /// The largest message or frame we take: the hub sends 64 KiB at most; the rest is for foreign relays.
 const MAX_INCOMING: usize = 1 << 20;
 /// The write buffer holds one message and the control frames that may queue behind it.
 const MAX_WRITE_BUFFER: usize = 2 * 65_536;
-/// A closing handshake takes one round trip; a peer that needs longer is not waited for.
-const FAREWELL: Duration = Duration::from_secs(3);
-/// Received bytes that are kept for the reader while we wait for the answer to our Close.
-const MAX_FAREWELL_BYTES: usize = 256 * 1024;
-
-/// How a carrier ended, if not by a Close that the other end meant.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CarrierError {
-    /// The other end sent a Close with a code that is not 1000.
-    #[error("closed by the other end with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
-    Closed {
-        /// The WebSocket close code.
-        code: u16,
-        /// Its reason, as sent.
-        reason: String,
-    },
-    /// The connection broke, or ended without a Close.
-    #[error("connection lost: {0}")]
-    Lost(String),
-    /// Pings went unanswered.
-    #[error("no sign of life for {} s", .0.as_secs())]
-    Silent(Duration),
-    /// The other end does not speak WebSocket as it should.
-    #[error("protocol violation: {0}")]
-    Protocol(String),
-}
-
-impl CarrierError {
-    /// The carrier's error inside an I/O error, if it is one.
-    pub fn of(error: &io::Error) -> Option<&Self> {
-        error.get_ref()?.downcast_ref()
-    }
-
-    fn into_io(self) -> io::Error {
-        let kind = match &self {
-            Self::Closed { .. } => io::ErrorKind::ConnectionAborted,
-            Self::Lost(_) => io::ErrorKind::ConnectionReset,
-            Self::Silent(_) => io::ErrorKind::TimedOut,
-            Self::Protocol(_) => io::ErrorKind::InvalidData,
-        };
-        io::Error::new(kind, self)
-    }
-}
 
 /// What a carrier is made with.
 #[derive(Debug, Clone, Copy)]
@@ -147,21 +108,6 @@ pub struct Carrier<S> {
     reader: Option<Waker>,
     writer: Option<Waker>,
     shared: Arc<Shared>,
-}
-
-/// How far our own end has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Farewell {
-    /// Nobody has said goodbye.
-    None,
-    /// Our Close waits in the layers below.
-    Sending,
-    /// The other end's Close is awaited until the timer fires.
-    Waiting,
-    /// The transport is being shut down.
-    Closing,
-    /// Nothing left to do.
-    Done,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
@@ -269,83 +215,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         self.reader.take().into_iter().chain(self.writer.take()).for_each(Waker::wake);
     }
 
-    // === liveness ===
-
-    fn alive(&mut self, now: Instant) {
-        if let Some(life) = &mut self.life {
-            life.heard(now);
-        }
-        self.shared.set_heard(now);
-    }
-
-    /// Does what the clock asks for; Ready if that ended the carrier.
-    fn poll_life(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.poll_ping(cx);
-        let Some(life) = &mut self.life else { return Poll::Pending };
-        self.shared.on_probe(cx.waker());
-        if self.shared.take_probe() {
-            life.probe();
-        }
-        loop {
-            let now = Instant::now();
-            let deadline = match life.due(now) {
-                Due::Nothing(deadline) => deadline,
-                Due::Ping(number) => {
-                    self.ping = Some(number);
-                    continue;
-                }
-                Due::Death => {
-                    let silence = self.shared.silent_for(now);
-                    self.finish(Err(CarrierError::Silent(silence)));
-                    return Poll::Ready(());
-                }
-            };
-            self.shared.set_suspect(life.is_suspect(now));
-            if self.timer.deadline() > deadline || self.timer.is_elapsed() {
-                self.timer.as_mut().reset(deadline);
-            }
-            if self.timer.as_mut().poll(cx).is_pending() {
-                break;
-            }
-        }
-        if self.ping.is_some() {
-            self.poll_ping(cx);
-        }
-        Poll::Pending
-    }
-
-    /// Sends the waiting ping, unless the writer is blocked: then it does so when it goes on (it must not lose its
-    /// place among the wakers of the transport).
-    fn poll_ping(&mut self, cx: &mut Context<'_>) {
-        if self.writer.is_some() || self.farewell != Farewell::None {
-            return;
-        }
-        if let Some(number) = self.ping {
-            match Pin::new(&mut self.ws).poll_ready(cx) {
-                Poll::Ready(Ok(())) => self.send_ping(number),
-                // A write error is found by the reader, who learns more about it.
-                Poll::Ready(Err(_)) => self.ping = None,
-                Poll::Pending => return,
-            }
-        }
-        if self.flush_wanted {
-            self.flush_wanted = Pin::new(&mut self.ws).poll_flush(cx).is_pending();
-        }
-    }
-
-    fn send_ping(&mut self, number: u64) {
-        self.ping = None;
-        let payload = Bytes::copy_from_slice(&number.to_be_bytes());
-        self.flush_wanted = Pin::new(&mut self.ws).start_send(Message::Ping(payload)).is_ok();
-        if let Some(life) = &mut self.life {
-            life.sent_ping(number, Instant::now());
-        }
-        if self.outbox.is_empty() {
-            // An idle carrier holds no buffer.
-            self.outbox = BytesMut::new();
-        }
-    }
-
     // === sending ===
 
     /// Makes a message of what has gathered.
@@ -402,67 +271,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
             ready!(self.poll_send(cx))?;
         }
         Poll::Ready(Ok(MAX_MESSAGE - self.outbox.len()))
-    }
-
-    // === ending ===
-
-    fn poll_farewell(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        loop {
-            match self.farewell {
-                Farewell::None if self.end.is_some() => self.wait_for(Farewell::Closing),
-                Farewell::None => {
-                    ready!(self.poll_send_and_flush(cx))?;
-                    let (code, reason) = self.shared.take_close();
-                    Pin::new(&mut self.ws).start_send(close_message(code, &reason)).map_err(write_error)?;
-                    self.farewell = Farewell::Sending;
-                }
-                Farewell::Sending => {
-                    ready!(Pin::new(&mut self.ws).poll_flush(cx)).map_err(write_error)?;
-                    self.wait_for(Farewell::Waiting);
-                }
-                Farewell::Waiting => {
-                    ready!(self.poll_answer(cx));
-                    self.farewell = Farewell::Closing;
-                }
-                Farewell::Closing => {
-                    if self.poll_close_transport(cx).is_pending() {
-                        ready!(self.timer.as_mut().poll(cx));
-                    }
-                    self.farewell = Farewell::Done;
-                }
-                Farewell::Done => return Poll::Ready(Ok(())),
-            }
-        }
-    }
-
-    fn wait_for(&mut self, stage: Farewell) {
-        self.farewell = stage;
-        // From here on nothing is judged but the farewell itself.
-        self.life = None;
-        self.timer.as_mut().reset(Instant::now() + FAREWELL);
-    }
-
-    /// Waits for the other end's Close. What arrives before it is kept for the reader.
-    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.end.is_none() {
-            if self.inbox.iter().map(Bytes::len).sum::<usize>() > MAX_FAREWELL_BYTES {
-                self.finish(Err(CarrierError::Lost("more data came after our Close than is kept".into())));
-            } else if self.poll_message(cx).is_ready() {
-                self.reader.take().into_iter().for_each(Waker::wake);
-            } else if self.timer.as_mut().poll(cx).is_ready() {
-                self.finish(Err(CarrierError::Lost("our Close was not answered".into())));
-            } else {
-                return Poll::Pending;
-            }
-        }
-        Poll::Ready(())
-    }
-
-    /// Flushes our answer to a Close and ends the transport; errors no longer matter.
-    fn poll_close_transport(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let _ = ready!(Pin::new(&mut self.ws).poll_flush(cx));
-        let _ = ready!(Pin::new(self.ws.get_mut()).poll_shutdown(cx));
-        Poll::Ready(())
     }
 }
 
@@ -548,20 +356,4 @@ fn remember(slot: &mut Option<Waker>, cx: &Context<'_>) {
 
 fn close_message(code: u16, reason: &str) -> Message {
     Message::Close(Some(CloseFrame { code: CloseCode::from(code), reason: reason.into() }))
-}
-
-fn carrier_error(error: tungstenite::Error) -> CarrierError {
-    use tungstenite::Error;
-    match error {
-        Error::Io(error) => CarrierError::Lost(error.to_string()),
-        Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) | Error::ConnectionClosed => {
-            CarrierError::Lost("ended without a Close".into())
-        }
-        other => CarrierError::Protocol(other.to_string()),
-    }
-}
-
-/// A write that failed. Its kind is always that of a broken pipe: what really happened, the reader finds out.
-fn write_error(error: tungstenite::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, carrier_error(error))
 }

@@ -3,10 +3,15 @@
 //! Owns the exchange and its limits. Does not know what is asked: the service API, the registry. Invariant: an answer
 //! has arrived whole, or there is an error.
 
+mod clock;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
@@ -125,6 +130,11 @@ impl HttpResponse {
     /// How long the server wants us to stay away.
     pub fn retry_after(&self) -> Option<Duration> {
         retry_after(&self.headers)
+    }
+
+    /// What to tell a person whose credentials were refused while this machine's clock differs from the server's.
+    pub fn clock_hint(&self) -> Option<String> {
+        clock_hint(&self.headers)
     }
 }
 
@@ -277,6 +287,12 @@ where
 /// A whole body of at most `limit` bytes.
 pub(super) async fn read_body(body: Incoming, limit: usize) -> Option<Bytes> {
     Limited::new(body, limit).collect().await.ok().map(|body| body.to_bytes())
+}
+
+/// [`HttpResponse::clock_hint`] for a head that is not kept.
+pub(super) fn clock_hint(headers: &HeaderMap) -> Option<String> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    clock::skew_hint(headers, now.as_secs())
 }
 
 /// The Retry-After header, in seconds (its date form is not used between daemons and hub).

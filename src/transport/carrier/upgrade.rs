@@ -22,7 +22,7 @@ use tokio_tungstenite::tungstenite::{
 use super::{Carrier, CarrierOptions};
 use crate::{
     base::Secret,
-    transport::http::{connection, read_body},
+    transport::http::{clock_hint, connection, read_body, retry_after},
 };
 
 /// An upgrade is one round trip; a hub that needs longer is overloaded and should be asked later.
@@ -49,7 +49,8 @@ pub struct Upgrade<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum UpgradeError {
     /// The server answered, but not with 101.
-    #[error("the server answered {status} to the WebSocket upgrade{}{}", if body.is_empty() { "" } else { ": " }, body)]
+    #[error("the server answered {status} to the WebSocket upgrade{}{body}{}{hint}",
+        if body.is_empty() { "" } else { ": " }, if hint.is_empty() { "" } else { "; " })]
     Refused {
         /// The HTTP status.
         status: StatusCode,
@@ -57,6 +58,8 @@ pub enum UpgradeError {
         retry_after: Option<Duration>,
         /// The body, shortened and made printable.
         body: String,
+        /// What may help, for a person; empty if nothing comes to mind.
+        hint: String,
     },
     /// The answer is a 101 that breaks the rules.
     #[error("the answer to the WebSocket upgrade is wrong: {0}")]
@@ -155,8 +158,12 @@ impl Upgrade<'_> {
 
 async fn refusal(response: Response<Incoming>) -> UpgradeError {
     let status = response.status();
-    let retry_after = crate::transport::http::retry_after(response.headers());
+    let retry_after = retry_after(response.headers());
+    let hint = match status {
+        StatusCode::UNAUTHORIZED => clock_hint(response.headers()).unwrap_or_default(),
+        _ => String::new(),
+    };
     let body = read_body(response.into_body(), MAX_REFUSAL).await.unwrap_or_default();
     let body = String::from_utf8_lossy(&body).chars().filter(|c| !c.is_control()).take(500).collect();
-    UpgradeError::Refused { status, retry_after, body }
+    UpgradeError::Refused { status, retry_after, body, hint }
 }

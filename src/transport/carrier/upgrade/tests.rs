@@ -78,6 +78,16 @@ async fn a_refusal_yields_status_body_and_delay() {
 }
 
 #[tokio::test]
+async fn a_refusal_of_credentials_hints_at_a_wrong_clock() {
+    let (carrier, ..) = upgrade_with(&UPGRADE, |_| {
+        b"HTTP/1.1 401 No\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 0\r\n\r\n".to_vec()
+    })
+    .await;
+    let text = carrier.unwrap_err().to_string();
+    assert!(text.contains("401 Unauthorized to the WebSocket upgrade; this machine's clock is "), "{text}");
+}
+
+#[tokio::test]
 async fn answers_that_break_the_rules_are_refused() {
     type Answer = fn(&str) -> Vec<u8>;
     let table: [(Answer, &str); 4] = [

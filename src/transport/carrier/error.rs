@@ -1,0 +1,63 @@
+//! How a carrier ends badly.
+//!
+//! Owns the words and their place in I/O errors. Does not decide that a carrier has ended. Invariant: a reader can
+//! always tell a Close from a broken connection from silence.
+
+use std::{io, time::Duration};
+
+use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
+
+/// How a carrier ended, if not by a Close that the other end meant.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CarrierError {
+    /// The other end sent a Close with a code that is not 1000.
+    #[error("closed by the other end with {code}{}{reason}", if reason.is_empty() { "" } else { ": " })]
+    Closed {
+        /// The WebSocket close code.
+        code: u16,
+        /// Its reason, as sent.
+        reason: String,
+    },
+    /// The connection broke, or ended without a Close.
+    #[error("connection lost: {0}")]
+    Lost(String),
+    /// Pings went unanswered.
+    #[error("no sign of life for {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The other end does not speak WebSocket as it should.
+    #[error("protocol violation: {0}")]
+    Protocol(String),
+}
+
+impl CarrierError {
+    /// The carrier's error inside an I/O error, if it is one.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+
+    pub(super) fn into_io(self) -> io::Error {
+        let kind = match &self {
+            Self::Closed { .. } => io::ErrorKind::ConnectionAborted,
+            Self::Lost(_) => io::ErrorKind::ConnectionReset,
+            Self::Silent(_) => io::ErrorKind::TimedOut,
+            Self::Protocol(_) => io::ErrorKind::InvalidData,
+        };
+        io::Error::new(kind, self)
+    }
+}
+
+pub(super) fn carrier_error(error: tungstenite::Error) -> CarrierError {
+    use tungstenite::Error;
+    match error {
+        Error::Io(error) => CarrierError::Lost(error.to_string()),
+        Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) | Error::ConnectionClosed => {
+            CarrierError::Lost("ended without a Close".into())
+        }
+        other => CarrierError::Protocol(other.to_string()),
+    }
+}
+
+/// A write that failed. Its kind is always that of a broken pipe: what really happened, the reader finds out.
+pub(super) fn write_error(error: tungstenite::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, carrier_error(error))
+}

@@ -1,0 +1,97 @@
+//! The carrier's pulse: what the clock asks for, done on the socket.
+//!
+//! Owns the timer and the ping on its way. Does not know when a ping is due or what silence means: that is
+//! [`Life`](super::life::Life). Invariant: a blocked writer never loses its place among the transport's wakers to a
+//! ping.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::Sink;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::Instant,
+};
+use tokio_tungstenite::tungstenite::Message;
+
+use super::{Carrier, CarrierError, farewell::Farewell, life::Due};
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
+    pub(super) fn alive(&mut self, now: Instant) {
+        if let Some(life) = &mut self.life {
+            life.heard(now);
+        }
+        self.shared.set_heard(now);
+    }
+
+    /// Does what the clock asks for; Ready if that ended the carrier.
+    pub(super) fn poll_life(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_ping(cx);
+        let Some(life) = &mut self.life else { return Poll::Pending };
+        self.shared.on_probe(cx.waker());
+        if self.shared.take_probe() {
+            life.probe();
+        }
+        loop {
+            let now = Instant::now();
+            let deadline = match life.due(now) {
+                Due::Nothing(deadline) => deadline,
+                Due::Ping(number) => {
+                    self.ping = Some(number);
+                    continue;
+                }
+                Due::Death => {
+                    let silence = self.shared.silent_for(now);
+                    self.finish(Err(CarrierError::Silent(silence)));
+                    return Poll::Ready(());
+                }
+            };
+            self.shared.set_suspect(life.is_suspect(now));
+            if self.timer.deadline() > deadline || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(deadline);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                break;
+            }
+        }
+        if self.ping.is_some() {
+            self.poll_ping(cx);
+        }
+        Poll::Pending
+    }
+
+    /// Sends the waiting ping, unless the writer is blocked: then it does so when it goes on (it must not lose its
+    /// place among the wakers of the transport).
+    fn poll_ping(&mut self, cx: &mut Context<'_>) {
+        if self.writer.is_some() || self.farewell != Farewell::None {
+            return;
+        }
+        if let Some(number) = self.ping {
+            match Pin::new(&mut self.ws).poll_ready(cx) {
+                Poll::Ready(Ok(())) => self.send_ping(number),
+                // A write error is found by the reader, who learns more about it.
+                Poll::Ready(Err(_)) => self.ping = None,
+                Poll::Pending => return,
+            }
+        }
+        if self.flush_wanted {
+            self.flush_wanted = Pin::new(&mut self.ws).poll_flush(cx).is_pending();
+        }
+    }
+
+    pub(super) fn send_ping(&mut self, number: u64) {
+        self.ping = None;
+        let payload = Bytes::copy_from_slice(&number.to_be_bytes());
+        self.flush_wanted = Pin::new(&mut self.ws).start_send(Message::Ping(payload)).is_ok();
+        if let Some(life) = &mut self.life {
+            life.sent_ping(number, Instant::now());
+        }
+        if self.outbox.is_empty() {
+            // An idle carrier holds no buffer.
+            self.outbox = BytesMut::new();
+        }
+    }
+}
