@@ -1,19 +1,46 @@
 //! The resumable link over mortal carriers.
+//!
+//! Owns the byte stream that the mux runs over, and the handle that gives it carriers and watches it. Does not know how
+//! carriers are made or what a hello is: see [`super::hello`]. Invariant: a read gives zero bytes only if the other side
+//! ended the stream; a lost session is an error.
+//!
+//! There is no task: carrier, timer and core move inside the polls of [`Link`]. One lock is taken per poll; it is free
+//! unless the control is used in that moment. The path of a byte has one copy per side: written bytes are copied into
+//! the replay buffer, from where they are sent by reference; the payload of a frame is read from the carrier straight
+//! into the reader's buffer.
+
+mod budget;
+mod driver;
+mod metrics;
+mod wakers;
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     fmt, io,
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::watch,
     time::Instant,
 };
 
-pub use crate::proto::hello::LinkId;
+pub use self::{budget::ReplayBudget, metrics::LinkMetrics};
+use self::{driver::Driver, wakers::Wakers};
+pub use crate::proto::{hello::LinkId, link::EndReason};
+use crate::{
+    base::Secret,
+    proto::link::{AttachError, Core, Options, Positions},
+};
 
 /// What a link runs over: one mortal connection through the hub.
 pub trait CarrierIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -31,56 +58,44 @@ pub struct LinkSettings {
     pub metrics: LinkMetrics,
 }
 
-/// A bound on the replay memory of all links of a process.
-#[derive(Clone, Debug, Default)]
-pub struct ReplayBudget;
-
-impl ReplayBudget {
-    /// A budget of `total` bytes over all links, of which one link takes at most `per_link`.
-    pub fn new(_total: usize, _per_link: usize) -> Self {
-        Self
-    }
-}
-
-/// Counters of all links of a process.
-#[derive(Clone, Debug, Default)]
-pub struct LinkMetrics;
-
-impl LinkMetrics {
-    /// Adds the metrics to a registry.
-    pub fn register(&self, _registry: &prometheus::Registry) -> Result<(), prometheus::Error> {
-        Ok(())
-    }
-}
-
 /// Why a link has no carrier.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DetachReason(String);
+pub struct DetachReason {
+    label: &'static str,
+    text: String,
+}
+
+impl DetachReason {
+    /// The word for metrics.
+    pub fn label(&self) -> &'static str {
+        self.label
+    }
+
+    fn from_io(error: Option<&io::Error>) -> Self {
+        let Some(error) = error else {
+            return Self { label: "closed", text: "the carrier was closed".to_owned() };
+        };
+        let label = match error.kind() {
+            io::ErrorKind::TimedOut => "silent",
+            io::ErrorKind::ConnectionReset => "reset",
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted => "broken",
+            _ => "other",
+        };
+        Self { label, text: error.to_string() }
+    }
+}
 
 impl fmt::Display for DetachReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
-/// How a link ended.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EndReason {
-    /// Both directions ended in order.
-    #[error("finished")]
-    Finished,
-    /// This side closed it.
-    #[error("closed here: {0}")]
-    ClosedHere(String),
-    /// The other side closed it.
-    #[error("closed by the other side: {0}")]
-    ClosedByPeer(String),
-    /// No carrier came in time, or the other side no longer knows the link.
-    #[error("session lost: {0}")]
-    SessionLost(String),
-    /// The other side broke the rules of the link.
-    #[error("session lost: {0}")]
-    Violation(String),
+impl LinkId {
+    /// Enough of the name for a log line.
+    pub(crate) fn short(&self) -> String {
+        self.to_string()[..8].to_owned()
+    }
 }
 
 /// A snapshot of a link.
@@ -94,84 +109,222 @@ pub struct LinkState {
     pub replay_bytes: usize,
     /// Number of the newest attach.
     pub epoch: u64,
-    /// How long bytes that were sent have waited for an answer, if any do.
+    /// How long something that was sent on this carrier has waited while nothing at all was heard.
     pub unanswered_for: Option<Duration>,
 }
 
-/// A byte stream that outlives its carriers.
-#[derive(Debug)]
+/// What the control can wait for.
+#[derive(Debug, Default)]
+struct Status {
+    attached: bool,
+    detached: Option<DetachReason>,
+    ended: Option<EndReason>,
+}
+
+struct Shared {
+    id: LinkId,
+    secret: Secret,
+    resume_for: Duration,
+    epochs: AtomicU64,
+    driver: Mutex<Driver>,
+    wakers: Arc<Wakers>,
+    status: watch::Receiver<Status>,
+}
+
+impl Shared {
+    fn driver(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A byte stream that outlives its carriers. Dropping it ends the link.
 pub struct Link {
-    shared: Arc<()>,
+    shared: Arc<Shared>,
+    waker: Waker,
 }
 
 /// The handle by which a link is given carriers, watched and closed.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LinkControl {
-    _shared: Arc<()>,
+    shared: Arc<Shared>,
+}
+
+impl Link {
+    /// A link with its first carrier, whose hello is done.
+    pub(super) fn begin(
+        id: LinkId,
+        secret: Secret,
+        options: Options,
+        settings: LinkSettings,
+        carrier: BoxedCarrier,
+    ) -> (Self, LinkControl) {
+        let wakers = Arc::new(Wakers::default());
+        let (sender, status) = watch::channel(Status::default());
+        let core = Core::new(Instant::now().into_std(), options);
+        let mut driver = Driver::new(core, id, settings, Arc::clone(&wakers), sender);
+        driver.attach(carrier, 1, Positions::default()).expect("a new link takes its first carrier");
+        let shared = Arc::new(Shared {
+            id,
+            secret,
+            resume_for: options.resume_for,
+            epochs: AtomicU64::new(1),
+            driver: Mutex::new(driver),
+            wakers: Arc::clone(&wakers),
+            status,
+        });
+        (Self { shared: Arc::clone(&shared), waker: wakers.waker() }, LinkControl { shared })
+    }
+
+    fn poll<T>(&self, poll: impl FnOnce(&mut Driver, &mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        poll(&mut self.shared.driver(), &mut Context::from_waker(&self.waker))
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let carrier = self.shared.driver().abandon(&mut Context::from_waker(Waker::noop()));
+        drop(carrier);
+    }
+}
+
+impl AsyncRead for Link {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.shared.wakers.reader.register(cx.waker());
+        self.poll(|driver, cx| driver.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Link {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.shared.wakers.writer.register(cx.waker());
+        self.poll(|driver, cx| driver.poll_write(cx, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.wakers.writer.register(cx.waker());
+        self.poll(Driver::poll_flush)
+    }
+
+    /// Ends the outgoing stream; done when the other side has consumed everything. May wait for a carrier as long as the
+    /// link lives: who is in a hurry closes the link by its control.
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shared.wakers.writer.register(cx.waker());
+        self.poll(Driver::poll_shutdown)
+    }
 }
 
 impl LinkControl {
     /// The link's name.
     pub fn id(&self) -> LinkId {
-        LinkId([0; 16])
+        self.shared.id
     }
 
     /// Whether a carrier is attached.
     pub fn attached(&self) -> bool {
-        false
+        self.shared.status.borrow().attached
     }
 
     /// How long a detached link lives; the smaller of both sides' settings.
     pub fn resume_for(&self) -> Duration {
-        Duration::ZERO
+        self.shared.resume_for
     }
 
-    /// Waits until no carrier is attached (or the link has ended), and says why.
+    /// Waits until no carrier is attached, or the link has ended, and says why.
     pub async fn wait_detached(&self) -> DetachReason {
-        DetachReason(String::new())
+        let mut status = self.shared.status.clone();
+        let Ok(status) = status.wait_for(|status| !status.attached).await else { return self.gone().into() };
+        match &status.ended {
+            Some(reason) => reason.clone().into(),
+            None => status.detached.clone().unwrap_or_else(|| DetachReason::from_io(None)),
+        }
     }
 
     /// Waits until a carrier is attached (true) or the link has ended (false).
     pub async fn wait_attached(&self) -> bool {
-        false
+        let mut status = self.shared.status.clone();
+        let status = status.wait_for(|status| status.attached || status.ended.is_some()).await;
+        status.is_ok_and(|status| status.attached)
     }
 
-    /// Ends the link, tells the other side, and drops the carrier.
-    pub fn close(&self, _reason: &str) {}
+    /// Ends the link and tells the other side, if that is possible without waiting.
+    pub fn close(&self, reason: &str) {
+        self.fail(EndReason::ClosedHere(reason.to_owned()));
+    }
 
     /// A snapshot.
     pub fn state(&self) -> LinkState {
-        LinkState { attached: false, since: Instant::now(), replay_bytes: 0, epoch: 0, unanswered_for: None }
+        let driver = self.shared.driver();
+        let core = &driver.core;
+        let now = Instant::now().into_std();
+        LinkState {
+            attached: core.is_attached(),
+            since: core.since().into(),
+            replay_bytes: core.replay_bytes(),
+            epoch: core.epoch(),
+            unanswered_for: core.unanswered_since().map(|since| now.saturating_duration_since(since)),
+        }
     }
 
     /// How the link ended, if it has.
     pub fn end(&self) -> Option<EndReason> {
-        None
+        self.shared.status.borrow().ended.clone()
     }
 
     /// Waits for the end.
     pub async fn ended(&self) -> EndReason {
-        EndReason::Finished
+        let mut status = self.shared.status.clone();
+        let Ok(status) = status.wait_for(|status| status.ended.is_some()).await else { return self.gone() };
+        status.ended.clone().unwrap_or_else(|| self.gone())
+    }
+
+    pub(super) fn secret(&self) -> &Secret {
+        &self.shared.secret
+    }
+
+    /// The number of the next attempt to attach.
+    pub(super) fn next_epoch(&self) -> u64 {
+        self.shared.epochs.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn positions(&self) -> Positions {
+        self.shared.driver().core.positions()
+    }
+
+    pub(super) fn asked(&self, epoch: u64) -> Result<Positions, AttachError> {
+        self.shared.driver().asked(epoch)
+    }
+
+    pub(super) fn attach(&self, carrier: BoxedCarrier, epoch: u64, positions: Positions) -> Result<(), AttachError> {
+        let former = self.shared.driver().attach(carrier, epoch, positions);
+        self.shared.wakers.wake_both();
+        former.map(drop)
+    }
+
+    pub(super) fn fail(&self, reason: EndReason) {
+        self.shared.driver().fail(&mut Context::from_waker(Waker::noop()), reason);
+        self.shared.wakers.wake_both();
+    }
+
+    /// The sender of the status lives in the driver, which we hold: this is for completeness.
+    fn gone(&self) -> EndReason {
+        self.end().unwrap_or(EndReason::Finished)
     }
 }
 
-impl AsyncRead for Link {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let _ = &self.shared;
-        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+impl From<EndReason> for DetachReason {
+    fn from(reason: EndReason) -> Self {
+        Self { label: "ended", text: reason.to_string() }
     }
 }
 
-impl AsyncWrite for Link {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Link({})", self.shared.id.short())
     }
+}
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+impl fmt::Debug for LinkControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LinkControl({})", self.shared.id.short())
     }
 }

@@ -19,11 +19,7 @@ fn resume() -> Resume {
 }
 
 fn messages() -> Vec<Message> {
-    let link = NewLink {
-        id: LinkId([3; 16]),
-        secret: Secret::new([9; 32]),
-        resume_for: Duration::from_secs(900),
-    };
+    let link = NewLink { id: LinkId([3; 16]), secret: Secret::new([9; 32]), resume_for: Duration::from_secs(900) };
     let positions = Positions { received: 5, consumed: 4 };
     vec![
         Message::New { required: Features::NONE, optional: Features::LINK, side: side(), link: Some(link) },
@@ -129,9 +125,8 @@ fn both_sides_prove_the_secret() {
 fn a_changed_position_or_a_replayed_confirm_proves_nothing() {
     let secret = Secret::new([7; 32]);
     let offer = || ResumeOffer::new(&resume(), secret.clone());
-    let answer = |nonce| {
-        ResumeAnswer::new(offer().hello(), resume(), secret.clone(), [nonce; 16], Positions::default())
-    };
+    let answer =
+        |nonce| ResumeAnswer::new(offer().hello(), resume(), secret.clone(), [nonce; 16], Positions::default());
     let mut changed = answer(1).answer().to_vec();
     let at = changed.len() - PROOF_FIELD - 1;
     changed[at] ^= 1;

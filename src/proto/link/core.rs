@@ -16,9 +16,9 @@ use super::{
     pace::{Acks, Window},
 };
 
-/// Unsent bytes that are accepted from the application: one frame on its way out and one being filled. The rest waits
-/// in the mux, where it can be ordered.
-const MAX_UNSENT: u64 = 2 * MAX_PAYLOAD as u64;
+/// Unsent bytes that are accepted from the application: one frame being filled. The rest waits in the mux, where it can
+/// be ordered.
+const MAX_UNSENT: u64 = MAX_PAYLOAD as u64;
 
 /// A link from whose other side no frame ever came lives this long without a carrier: the answer to its first hello may
 /// have been lost, and then nobody will ever resume it.
@@ -217,15 +217,26 @@ impl Core {
         self.flush();
     }
 
+    /// True when no more can be written, because the end was.
+    pub fn is_finishing(&self) -> bool {
+        self.fin.written
+    }
+
     /// True when the other side has consumed everything, the end included.
     pub fn finished(&self) -> bool {
         self.fin.acknowledged
     }
 
-    /// True if a frame with a full payload could be sent, or bytes were flushed and not yet sent.
+    /// True if a frame is worth sending: bytes were flushed, or fill a frame, or fill the window so that no more come.
     pub fn unsent(&self) -> bool {
         let unsent = self.outbox.end() - self.outbox.next();
-        unsent >= MAX_PAYLOAD as u64 || (unsent > 0 && self.outbox.next() < self.flush_to)
+        let full = unsent >= MAX_PAYLOAD as u64 || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
+        unsent > 0 && (full || self.outbox.next() < self.flush_to)
+    }
+
+    /// True if nothing waits for a carrier: all that was written, and the end if there is one, was sent on this one.
+    pub fn all_sent(&self) -> bool {
+        self.attached && self.outbox.next() == self.outbox.end() && self.fin.sent == self.fin.written
     }
 
     /// Moves received bytes out.
@@ -399,8 +410,7 @@ impl Core {
         if self.ended.is_some() {
             return None;
         }
-        let carrier =
-            if self.attached { self.acks.due(self.acknowledged()) } else { Some(self.since + self.grace()) };
+        let carrier = if self.attached { self.acks.due(self.acknowledged()) } else { Some(self.since + self.grace()) };
         [carrier, self.shrink_at].into_iter().flatten().min()
     }
 

@@ -43,7 +43,7 @@
 //! would wait behind unread data of the other.
 //!
 //! The sender bounds its own memory by a *window* that grows from 256 KiB with the rate and round trip of the path.
-//! Unsent bytes are few (two frames): bytes wait in the mux, where they can be ordered. A sender about to fill its
+//! Unsent bytes are few (one frame): bytes wait in the mux, where they can be ordered. A sender about to fill its
 //! window sets the flag "answer at once"; otherwise acknowledgements ride on data, or follow after 64 KiB or 100 ms.
 //!
 //! On a new carrier each side has heard from the hello what the other *received* and *consumed*. It forgets what was
