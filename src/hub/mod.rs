@@ -225,3 +225,6 @@ impl HubHandle {
         self.shared.bridges.count()
     }
 }
+
+#[cfg(test)]
+mod tests;

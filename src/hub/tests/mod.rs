@@ -1,0 +1,6 @@
+//! Stories of the whole hub over real sockets.
+
+mod api;
+mod endpoint;
+mod registry_api;
+mod support;
