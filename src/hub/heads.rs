@@ -196,7 +196,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guarded<S> {
                 State::Upgraded => return Pin::new(&mut this.io).poll_read(cx, buffer),
                 State::Refusing(..) => return this.poll_refuse(cx),
                 State::Body(left) => {
-                    let mut limited = buffer.take(usize::try_from(left).unwrap_or(usize::MAX));
+                    let most = buffer.remaining().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    let mut limited = ReadBuf::new(buffer.initialize_unfilled_to(most));
                     ready!(Pin::new(&mut this.io).poll_read(cx, &mut limited))?;
                     let read = limited.filled().len();
                     buffer.advance(read);
