@@ -27,8 +27,6 @@ pub struct Channel {
 
 impl Channel {
     pub(super) fn new(shared: Arc<Shared>, key: Key, id: u32) -> Self {
-        // A channel before it may have left wakers in this slot.
-        *shared.lock().waiting(key.slot()) = super::Waiting::default();
         Self { shared, key, id }
     }
 
