@@ -51,10 +51,12 @@ const ANY_POLICY: Access = Access::Policy { read: Rights::NONE, write: Rights::N
 const READ_WRITE: &[Method] = &[Method::GET, Method::PUT, Method::DELETE];
 
 /// Every path of the public listener.
-pub(in crate::hub) const ROUTES: [Route; 10] = [
+pub(in crate::hub) const ROUTES: [Route; 11] = [
     route(Endpoint::Stream, "streams", &[Method::POST], "/twins/{}/streams/{}", SERVICE),
     route(Endpoint::Stream, "streams", &[Method::POST], "/twins/{}/modules/{}/streams/{}", SERVICE),
     route(Endpoint::Devices, "devices", &[Method::GET], "/devices", REGISTRY),
+    // As azure-iothub for Node asks for the list.
+    route(Endpoint::Devices, "devices", &[Method::GET], "/devices/", REGISTRY),
     route(Endpoint::Device, "devices", READ_WRITE, "/devices/{}", REGISTRY),
     route(Endpoint::Modules, "modules", &[Method::GET], "/devices/{}/modules", REGISTRY),
     route(Endpoint::Module, "modules", READ_WRITE, "/devices/{}/modules/{}", REGISTRY),
@@ -103,7 +105,8 @@ mod tests {
         assert_eq!(gaps("/twins/a%2Fb/streams/s"), Some((Endpoint::Stream, vec!["a/b".into(), "s".into()])));
         assert_eq!(gaps("/devices/a%252e"), Some((Endpoint::Device, vec!["a%2e".into()])));
         assert_eq!(gaps("/%24iothub/websocket"), Some((Endpoint::Mqtt, vec![])));
-        for path in ["/", "/devices/", "/devices//x", "/Devices", "/devices/a/", "//devices", "/devices/../x/y", ""] {
+        assert_eq!(gaps("/devices/"), Some((Endpoint::Devices, vec![])));
+        for path in ["/", "/devices//", "/devices//x", "/Devices", "/devices/a/", "//devices", "/devices/../x/y", ""] {
             assert_eq!(gaps(path), None, "{path}");
         }
     }
