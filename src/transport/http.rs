@@ -148,7 +148,7 @@ pub enum HttpError {
         host: String,
         /// Why.
         #[source]
-        source: DialError,
+        source: Box<DialError>,
     },
     /// Not in time.
     #[error("{host} did not answer within {} s", .after.as_secs())]
@@ -204,7 +204,7 @@ pub async fn request_noting(
     let after = request.timeout;
     let exchange = async {
         let dialled = dialer.connect(&request.url.host, request.url.port, None).await;
-        let io = dialled.map_err(|source| HttpError::Dial { host: host.clone(), source })?;
+        let io = dialled.map_err(|source| HttpError::Dial { host: host.clone(), source: Box::new(source) })?;
         reached();
         exchange(io, request, &host).await
     };

@@ -290,3 +290,45 @@ async fn a_reader_parked_elsewhere_learns_of_the_end_that_a_shutdown_found() {
     let error = tasks.join_next().await.unwrap().unwrap().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "read_u8's word for a clean end");
 }
+
+#[tokio::test]
+async fn frames_that_break_the_rules_end_the_carrier_with_1002_and_never_cleanly() {
+    let table: [(&[u8], &str); 8] = [
+        (b"\x82\x01x", "unmasked"),
+        (b"\xc2\x81\0\0\0\0x", "reserved bit"),
+        (b"\x83\x81\0\0\0\0x", "reserved opcode"),
+        (b"\x09\x80\0\0\0\0", "fragmented ping"),
+        (b"\x89\xfe\x00\x7e\0\0\0\0", "long ping"),
+        (b"\x80\x81\0\0\0\0x", "continuation of nothing"),
+        (b"\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\0\0\0\0", "endless frame"),
+        (b"\x88\x81\0\0\0\0x", "half a close code"),
+    ];
+    for (bytes, what) in table {
+        let (mut near, far) = duplex(64 * 1024);
+        let mut server = Carrier::server(far, Bytes::new(), CarrierOptions::HUB_CONTROL).await;
+        near.write_all(bytes).await.unwrap();
+        // A ping of 126 bytes is complete only with its payload.
+        near.write_all(&[0; 126]).await.unwrap();
+        let error = error_of(server.read(&mut [0; 8]).await);
+        assert!(matches!(error, CarrierError::Protocol(_)), "{what}: {error}");
+        server.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        near.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"\x88\x02\x03\xea", "{what}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_is_reset_in_mid_message_is_lost() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let near = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (mut far, _) = listener.accept().await.unwrap();
+    let mut client = Carrier::from_role(near, Bytes::new(), Role::Client, CarrierOptions::DATA).await;
+    far.write_all(b"\x82\x04whol\x82\x7e\x10\x00half").await.unwrap();
+    let mut got = [0; 4];
+    client.read_exact(&mut got).await.unwrap();
+    assert_eq!(&got, b"whol");
+    crate::transport::net::Socket::Tcp(far).reset();
+    let error = error_of(client.read(&mut got).await);
+    assert!(matches!(error, CarrierError::Lost(_)), "{error}");
+}

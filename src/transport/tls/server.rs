@@ -4,7 +4,7 @@
 //! stands for: the caller asks the registry. Invariant: a certificate that does not fit its key is never installed.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, RwLock},
 };
 
@@ -165,8 +165,8 @@ impl ClientAuthorities {
     }
 
     /// The authorities in PEM text; `path` says in messages where it came from.
-    pub fn from_pem(text: &[u8], path: &PathBuf) -> Result<Self, TlsError> {
-        Self::new(parse_certificates(text, path)?, path.clone())
+    pub fn from_pem(text: &[u8], path: &Path) -> Result<Self, TlsError> {
+        Self::new(parse_certificates(text, path)?, path.to_owned())
     }
 
     fn new(certificates: Vec<CertificateDer<'static>>, path: PathBuf) -> Result<Self, TlsError> {
