@@ -4,9 +4,16 @@
 //! reaches the device. Invariant: nothing but the target's bytes is written to standard output, and a cut ends with
 //! a code that is not zero.
 
-use std::path::PathBuf;
+use std::{fs, io, path::PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
+use prometheus::Registry;
+use tokio::{
+    io::AsyncWriteExt as _,
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     args::{ConnectArgs, Role},
@@ -14,8 +21,9 @@ use super::{
     places,
 };
 use crate::{
-    agent::control_socket::{Answer, CallError, Request, call},
-    config::{Environment, load_service},
+    agent::control_socket::{Answer, CallError, ControlHandler as _, JoinIo, Reply, Request, call},
+    config::{Environment, ServiceConfig, load_service},
+    service::Service,
 };
 
 /// Runs the command.
@@ -25,15 +33,14 @@ pub(super) async fn run(args: &ConnectArgs) -> Outcome {
         match call(&socket, &request).await {
             Ok(Answer::Joined(joined)) => {
                 let ran = joined.run(tokio::io::stdin(), tokio::io::stdout()).await;
-                let what = || format!("the connection to {} at {} was cut", args.target, args.device);
-                return ran.with_context(what).map_err(Failure::unavailable);
+                return judge(args, ran);
             }
-            Ok(Answer::Json(_)) => return Err(Failure::software(anyhow::anyhow!("the daemon did not join"))),
+            Ok(Answer::Json(_)) => return Err(not_joined()),
             Err(CallError::NotRunning { .. }) => {}
             Err(error) => return Err(Failure::unavailable(error)),
         }
     }
-    Err(Failure::unavailable(anyhow::anyhow!("no culvert service is running here")))
+    alone(args, request).await
 }
 
 /// The sockets of service daemons that may run, the likeliest first.
@@ -42,5 +49,94 @@ fn sockets(args: &ConnectArgs) -> Vec<PathBuf> {
     match configured {
         Some(loaded) => loaded.config.control_socket.into_iter().collect(),
         None => Environment::of_process().control_sockets(Role::Service.name()),
+    }
+}
+
+/// Opens a device stream of its own, as a service daemon without forwards would.
+async fn alone(args: &ConnectArgs, request: Request) -> Outcome {
+    let file = places::config_file(args.config.as_deref(), Role::Service);
+    let loaded = load_service(&file).map_err(|error| {
+        let hint = "no culvert service is running here, and its configuration cannot be used for a stream of our own";
+        Failure::config(anyhow!("{hint}:\n{error}"))
+    })?;
+    let state = StateDir::new().map_err(Failure::unavailable)?;
+    let config = ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..loaded.config };
+    let service = Service::bind(config, &Registry::new()).await.map_err(Failure::config)?;
+    let handle = service.handle();
+    let shutdown = CancellationToken::new();
+    let mut running = JoinSet::new();
+    running.spawn(service.run(shutdown.clone()));
+    let ended = tokio::select! {
+        reply = handle.handle(request) => match reply {
+            Reply::Join(target) => tokio::select! {
+                ran = join(target) => judge(args, ran),
+                stopped = stopped() => stopped,
+            },
+            Reply::Refused(reason) => Err(Failure::unavailable(anyhow!(reason))),
+            Reply::Json(_) => Err(not_joined()),
+        },
+        stopped = stopped() => stopped,
+    };
+    // The device is told that the link has ended; otherwise it would keep it for a resume.
+    shutdown.cancel();
+    while running.join_next().await.is_some() {}
+    ended
+}
+
+fn not_joined() -> Failure {
+    Failure::software(anyhow!("the service did not join"))
+}
+
+fn judge(args: &ConnectArgs, ran: io::Result<()>) -> Outcome {
+    let what = || format!("the connection to {} at {} was cut", args.target, args.device);
+    ran.with_context(what).map_err(Failure::unavailable)
+}
+
+/// Both directions, each to its own end; the first cut ends both.
+async fn join(target: Box<dyn JoinIo>) -> io::Result<()> {
+    let (mut from_target, mut to_target) = tokio::io::split(target);
+    let up = async {
+        tokio::io::copy(&mut tokio::io::stdin(), &mut to_target).await?;
+        to_target.shutdown().await
+    };
+    let down = async {
+        let mut stdout = tokio::io::stdout();
+        tokio::io::copy(&mut from_target, &mut stdout).await?;
+        stdout.flush().await
+    };
+    tokio::try_join!(up, down).map(|_| ())
+}
+
+/// ssh ends its ProxyCommand by SIGHUP; that is no mistake of anybody's.
+async fn stopped() -> Outcome {
+    let on = |kind| signal(kind).map_err(Failure::unavailable);
+    let mut signals = [on(SignalKind::hangup())?, on(SignalKind::terminate())?, on(SignalKind::interrupt())?];
+    let [hangup, terminate, interrupt] = &mut signals;
+    tokio::select! {
+        _ = hangup.recv() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Holds an instance ID of this process alone: one that was shared would end a daemon's links.
+struct StateDir(PathBuf);
+
+impl StateDir {
+    fn new() -> io::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).map_err(io::Error::other)?;
+        let path = std::env::temp_dir().join(format!("culvert-connect-{:016x}", u64::from_be_bytes(random)));
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        // What cannot be removed is a small file in the temporary folder.
+        let _ = fs::remove_dir_all(&self.0);
     }
 }

@@ -9,7 +9,7 @@ mod support;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use prometheus::Registry;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -35,6 +35,8 @@ use crate::{
 
 /// What blocking calls (name resolution, files) may still take when everything else has ended.
 const RUNTIME_END: Duration = Duration::from_secs(1);
+/// Folders that a daemon makes for itself: the group may look for sockets and logs in them.
+const FOLDER_MODE: u32 = 0o750;
 /// Longest status line for systemd: `systemctl status` shows one line.
 const MAX_STATUS: usize = 200;
 
@@ -52,13 +54,13 @@ pub(super) trait Daemon: Sized + Send + 'static {
     /// The handle for health, reloads and control while it runs.
     fn handle(&self) -> Arc<dyn Running<Self::Config>>;
     /// Serves until `shutdown`, then drains.
-    fn run(self, shutdown: CancellationToken) -> impl Future<Output = ()> + Send + 'static;
+    fn run(self, shutdown: CancellationToken) -> impl Future<Output = anyhow::Result<()>> + Send + 'static;
 }
 
 /// A running role.
 pub(super) trait Running<C>: Health + ControlHandler {
-    /// Puts another configuration in force.
-    fn reconfigure(&self, config: C);
+    /// Puts another configuration in force, or changes nothing and says why.
+    fn reconfigure(&self, config: C) -> anyhow::Result<()>;
 }
 
 /// What every daemon's configuration has.
@@ -66,6 +68,7 @@ pub(super) struct Settings<'a> {
     pub(super) metrics: &'a MetricsConfig,
     pub(super) log: &'a LogConfig,
     pub(super) control_socket: Option<&'a Path>,
+    pub(super) state_dir: &'a Path,
 }
 
 /// Runs a daemon until a signal ends it.
@@ -74,8 +77,13 @@ pub(super) fn run<D: Daemon>(config: Option<&Path>) -> Outcome {
     let loaded = D::Config::load(&file, &Environment::of_process()).map_err(Failure::config)?;
     let log = log::init(&log_options(D::settings(&loaded.config).log)).map_err(Failure::config)?;
     metrics::count_panics();
+    run_to_end(async { start::<D>(&file, loaded, log).await?.run().await })
+}
+
+/// Runs daemons on all processors until they have ended.
+pub(super) fn run_to_end(daemons: impl Future<Output = Outcome>) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::unavailable)?;
-    let ended = runtime.block_on(live::<D>(&file, loaded, log));
+    let ended = runtime.block_on(daemons);
     runtime.shutdown_timeout(RUNTIME_END);
     ended
 }
@@ -90,12 +98,24 @@ fn log_options(config: &LogConfig) -> LogOptions {
     LogOptions { level: config.level.clone(), format }
 }
 
-async fn live<D: Daemon>(file: &Path, loaded: Loaded<D::Config>, log: LogHandle) -> Outcome {
+/// A daemon that is up.
+pub(super) struct Started<C> {
+    life: Life<C>,
+    support: Support,
+}
+
+/// Binds, starts and says ready.
+pub(super) async fn start<D: Daemon>(
+    file: &Path,
+    loaded: Loaded<D::Config>,
+    log: LogHandle,
+) -> Outcome<Started<D::Config>> {
     // First, so that a signal during the start is not lost.
     let signals = Signals::new().map_err(Failure::unavailable)?;
     let registry = Registry::new();
     let metrics = DaemonMetrics::register(D::ROLE.name(), &registry).map_err(Failure::software)?;
     apply::warn(&loaded.warnings);
+    make_folders(&D::settings(&loaded.config))?;
     let daemon = D::bind(loaded.config.clone(), &registry).await?;
     let running = daemon.handle();
     let applier = Applier::new::<D>(loaded.config.clone(), running.clone(), metrics, log);
@@ -118,9 +138,32 @@ async fn live<D: Daemon>(file: &Path, loaded: Loaded<D::Config>, log: LogHandle)
     };
     life.say_ready();
     tracing::info!(role = D::ROLE.name(), version = env!("CARGO_PKG_VERSION"), "running");
-    let ended = life.run().await;
-    support.end().await;
-    ended
+    Ok(Started { life, support })
+}
+
+/// The state folder, and the one for the control socket: systemd makes them for the units, nobody for people.
+fn make_folders(settings: &Settings<'_>) -> Outcome {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let sockets = settings.control_socket.and_then(Path::parent);
+    for folder in std::iter::once(settings.state_dir).chain(sockets) {
+        let made = std::fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder);
+        made.with_context(|| folder.display().to_string()).map_err(Failure::unavailable)?;
+    }
+    Ok(())
+}
+
+impl<C: Load + Changes + Sync> Started<C> {
+    /// What others ask of the running role.
+    pub(super) fn handle(&self) -> Arc<dyn Running<C>> {
+        self.life.health.clone()
+    }
+
+    /// Lives until a signal.
+    pub(super) async fn run(self) -> Outcome {
+        let ended = self.life.run().await;
+        self.support.end().await;
+        ended
+    }
 }
 
 /// Everything that the main loop owns.
@@ -130,7 +173,7 @@ struct Life<C> {
     reloader: Reloader<C>,
     poker: Poker,
     signals: Signals,
-    role: JoinSet<()>,
+    role: JoinSet<anyhow::Result<()>>,
     shutdown: CancellationToken,
     beat: Beat,
     turns: Interval,
@@ -141,7 +184,7 @@ enum Event<C> {
     Turn,
     Asked(Asked),
     Reloaded(Reload<C>),
-    Ended(Result<(), JoinError>),
+    Ended(Result<anyhow::Result<()>, JoinError>),
 }
 
 impl<C: Load + Changes + Sync> Life<C> {
@@ -159,8 +202,10 @@ impl<C: Load + Changes + Sync> Life<C> {
                     self.say_ready();
                 }
                 Event::Asked(Asked::Stop) => return self.stop().await,
-                Event::Ended(Ok(())) => return Err(Failure::software(anyhow!("the daemon stopped by itself"))),
-                Event::Ended(Err(error)) => return Err(Failure::software(error)),
+                Event::Ended(ended) => {
+                    judge(ended)?;
+                    return Err(Failure::software(anyhow!("the daemon stopped by itself")));
+                }
             }
         }
     }
@@ -195,7 +240,7 @@ impl<C: Load + Changes + Sync> Life<C> {
         self.shutdown.cancel();
         loop {
             tokio::select! {
-                Some(ended) = self.role.join_next() => return ended.map_err(Failure::software),
+                Some(ended) = self.role.join_next() => return judge(ended),
                 asked = self.signals.next() => if asked == Asked::Stop {
                     tracing::warn!("stopped before everything had drained");
                     self.role.shutdown().await;
@@ -205,6 +250,11 @@ impl<C: Load + Changes + Sync> Life<C> {
             }
         }
     }
+}
+
+/// A panic is a bug; an error is something that the role could not go on without.
+fn judge(ended: Result<anyhow::Result<()>, JoinError>) -> Outcome {
+    ended.map_err(Failure::software)?.map_err(Failure::unavailable)
 }
 
 /// `ready`, or what is waited for.

@@ -48,7 +48,6 @@ pub(super) struct Plan {
 /// What the person is told, and what `quickstart` goes on with.
 pub(super) struct Made {
     pub(super) config: PathBuf,
-    pub(super) owner: ConnectionString,
     pub(super) service: ConnectionString,
 }
 
@@ -118,7 +117,7 @@ pub(super) fn init(plan: &Plan) -> Outcome<Made> {
     };
     files.push(NewFile::public("hub.toml", config_text(plan, &tls, &policies)));
     write_all(&plan.dir, &files).map_err(Failure::unavailable)?;
-    Ok(Made { config: plan.dir.join("hub.toml"), owner, service })
+    Ok(Made { config: plan.dir.join("hub.toml"), service })
 }
 
 /// Makes a new certificate for the names that the present one has.

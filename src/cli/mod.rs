@@ -14,7 +14,9 @@ mod init;
 mod logs;
 mod pki;
 mod places;
+mod quickstart;
 mod registry;
+mod roles;
 mod streams;
 
 use std::process::ExitCode;
@@ -23,6 +25,8 @@ use clap::{Parser as _, error::ErrorKind};
 
 use args::{Cli, Command, HubAction};
 use exit::{Code, Failure, Outcome};
+
+use crate::{device::Device, hub::Hub, service::Service};
 
 /// Runs the program on this process's arguments.
 pub fn main() -> ExitCode {
@@ -49,11 +53,11 @@ fn run(command: Command) -> Outcome {
         Command::Gen(args) => generate::run(&args),
         Command::Hub(args) => match args.action {
             Some(HubAction::Init(args)) => init::run(&args),
-            None => Err(Failure::software(anyhow::anyhow!("not wired yet"))),
+            None => daemon::run::<Hub>(args.config.as_deref()),
         },
-        Command::Device(_) | Command::Service(_) | Command::Quickstart(_) => {
-            Err(Failure::software(anyhow::anyhow!("not wired yet")))
-        }
+        Command::Device(args) => daemon::run::<Device>(args.config.as_deref()),
+        Command::Service(args) => daemon::run::<Service>(args.config.as_deref()),
+        Command::Quickstart(args) => quickstart::run(&args),
         Command::Logs(args) => logs::run(&args),
         Command::Check(args) => once(check::run(&args)),
         Command::Registry(args) => once(registry::run(&args)),

@@ -63,6 +63,12 @@ fn proof(thumbprint: Option<&str>, secondary: Option<&str>, ca_signed: bool) -> 
 }
 
 async fn add(api: &Api, identity: &Identity, proof: Option<Value>) -> Outcome {
+    print_secret(&register(api, identity, proof).await?);
+    Ok(())
+}
+
+/// Registers an identity and yields what its configuration needs.
+pub(super) async fn register(api: &Api, identity: &Identity, proof: Option<Value>) -> Outcome<ConnectionString> {
     let mut record = json!({ "deviceId": identity.device.as_str(), "status": "enabled" });
     if let Some(module) = &identity.module {
         record["moduleId"] = json!(module.as_str());
@@ -71,7 +77,7 @@ async fn add(api: &Api, identity: &Identity, proof: Option<Value>) -> Outcome {
         record["authentication"] = proof;
     }
     let made = api.call(Method::PUT, &path(identity), Some(&record), None).await?;
-    print_connection_string(api, identity, &made)
+    connection_string(api, identity, &made)
 }
 
 async fn list(api: &Api, modules_of: Option<&DeviceId>, as_json: bool) -> Outcome {
@@ -87,11 +93,11 @@ async fn list(api: &Api, modules_of: Option<&DeviceId>, as_json: bool) -> Outcom
     }
     let records = found.as_array().map(Vec::as_slice).unwrap_or_default();
     let width = records.iter().map(|record| name(record).len()).max().unwrap_or(0).max("DEVICE".len());
-    println!("{:width$}  {:8}  {:12}  {:20}", "DEVICE", "STATUS", "CONNECTION", "PROVES ITSELF BY");
+    println!("{:width$}  {:8}  {:12}  PROVES ITSELF BY", "DEVICE", "STATUS", "CONNECTION");
     for record in records {
         let text = |key: &str| record[key].as_str().unwrap_or("-").to_owned();
         let proof = record["authentication"]["type"].as_str().unwrap_or("-");
-        println!("{:width$}  {:8}  {:12}  {proof:20}", name(record), text("status"), text("connectionState"));
+        println!("{:width$}  {:8}  {:12}  {proof}", name(record), text("status"), text("connectionState"));
     }
     if modules_of.is_none() && records.len() == PAGE {
         eprintln!("culvert: only the first {PAGE} devices are shown");
@@ -107,7 +113,8 @@ fn name(record: &Value) -> String {
 async fn show(api: &Api, identity: &Identity, connection_string: bool) -> Outcome {
     let mut record = api.call(Method::GET, &path(identity), None, None).await?;
     if connection_string {
-        return print_connection_string(api, identity, &record);
+        print_secret(&self::connection_string(api, identity, &record)?);
+        return Ok(());
     }
     hide_keys(&mut record);
     print_json(&record)
@@ -123,7 +130,8 @@ async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
     let secondary = if both { json!(random_key()?) } else { keys["primaryKey"].take() };
     *keys = json!({ "primaryKey": random_key()?, "secondaryKey": secondary });
     let record = api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await?;
-    print_connection_string(api, identity, &record)
+    print_secret(&connection_string(api, identity, &record)?);
+    Ok(())
 }
 
 async fn set_status(api: &Api, identity: &Identity, status: &str, reason: Option<&str>) -> Outcome {
@@ -141,16 +149,17 @@ fn random_key() -> Outcome<String> {
     Ok(key::encode_key(&Secret::new(bytes)))
 }
 
-/// What the device's configuration needs.
-fn print_connection_string(api: &Api, identity: &Identity, record: &Value) -> Outcome {
+fn connection_string(api: &Api, identity: &Identity, record: &Value) -> Outcome<ConnectionString> {
     let primary = record.pointer(KEYS).and_then(|keys| keys["primaryKey"].as_str());
     let credential = match primary {
         Some(text) => Credential::Key(key::decode_key(text).map_err(Failure::unavailable)?),
         None => Credential::X509,
     };
-    let string = ConnectionString { owner: Owner::Device(identity.clone()), credential, ..api.hub().clone() };
+    Ok(ConnectionString { owner: Owner::Device(identity.clone()), credential, ..api.hub().clone() })
+}
+
+fn print_secret(string: &ConnectionString) {
     println!("{}", string.expose().expose_str().unwrap_or_default());
-    Ok(())
 }
 
 fn hide_keys(record: &mut Value) {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Daemon, Running, Settings};
 use crate::{
-    config::{ChangeClass, Changes, LoadError, Outcome as Loading, Problem, Reload},
+    config::{Change, ChangeClass, Changes, LoadError, Outcome as Loading, Problem, Reload},
     telemetry::{DaemonMetrics, LogHandle},
 };
 
@@ -53,24 +53,31 @@ impl<C: Changes + Clone> Applier<C> {
     fn change_to(&self, wanted: C) {
         let running = self.current();
         let changes = running.changes(&wanted);
-        for change in &changes {
+        let next = wanted.without_restart(&running);
+        if next != running
+            && let Err(error) = self.role.reconfigure(next.clone())
+        {
+            self.metrics.reload_failed();
+            tracing::error!("{error:#}; the daemon goes on with the last good configuration");
+            return;
+        }
+        if let Err(error) = self.log.set_level((self.settings)(&next).log.level.as_str()) {
+            tracing::warn!(%error, "the log level stays");
+        }
+        *self.in_force.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        self.tell(&changes);
+    }
+
+    fn tell(&self, changes: &[Change]) {
+        self.metrics.reload_succeeded();
+        let restart = changes.iter().any(|change| change.class == ChangeClass::Restart);
+        self.metrics.restart_needed.set(i64::from(restart));
+        for change in changes {
             match change.class {
                 ChangeClass::Restart => tracing::warn!("{change}"),
                 ChangeClass::Live | ChangeClass::NextCarrier => tracing::info!("{change}"),
             }
         }
-        let restart = changes.iter().any(|change| change.class == ChangeClass::Restart);
-        self.metrics.restart_needed.set(i64::from(restart));
-        self.metrics.reload_succeeded();
-        let next = wanted.without_restart(&running);
-        if next == running {
-            return;
-        }
-        if let Err(error) = self.log.set_level(&(self.settings)(&next).log.level) {
-            tracing::warn!(%error, "the log level stays");
-        }
-        *self.in_force.lock().unwrap_or_else(PoisonError::into_inner) = next.clone();
-        self.role.reconfigure(next);
         tracing::info!("reloaded");
     }
 

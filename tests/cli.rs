@@ -1,0 +1,204 @@
+//! The program and its unit files, from outside.
+
+use std::{
+    fs,
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use clap::Parser as _;
+use culvert::cli::args::Cli;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_culvert");
+/// For anything that a daemon does on the same machine, on a slow one.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A folder of this test's own, removed at its end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("culvert-cli-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn culvert(words: &[&str]) -> Output {
+    Command::new(PROGRAM).args(words).stdin(Stdio::null()).output().unwrap()
+}
+
+fn code_and_words(output: &Output) -> (i32, String) {
+    (output.status.code().unwrap(), String::from_utf8(output.stderr.clone()).unwrap())
+}
+
+#[test]
+fn exit_codes_tell_whose_fault_it_is() {
+    let folder = Folder::new("codes");
+    assert!(culvert(&["--help"]).status.success());
+    assert_eq!(code_and_words(&culvert(&["frobnicate"])).0, 64);
+    assert_eq!(code_and_words(&culvert(&["connect", "a/b/c", "ssh"])).0, 64);
+
+    fs::write(folder.0.join("service.toml"), "connection_string_fle = \"x\"\n").unwrap();
+    let file = folder.file("service.toml");
+    for words in [["check", &file].as_slice(), &["service", "--config", &file], &["connect", "d", "t", "--config", &file]] {
+        let (code, said) = code_and_words(&culvert(words));
+        assert_eq!(code, 78, "{words:?}: {said}");
+        assert!(said.contains(&format!("{file}:1: connection_string_fle")), "{said}");
+    }
+
+    let nowhere = "HostName=127.0.0.1:1;SharedAccessKeyName=iothubowner;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+    fs::write(folder.0.join("owner.connection"), nowhere).unwrap();
+    let owner = folder.file("owner.connection");
+    let (code, said) = code_and_words(&culvert(&["registry", "list", "--connection-string-file", &owner]));
+    assert_eq!(code, 69, "{said}");
+    assert!(!said.contains("MDEyMzQ1"), "a key is told: {said}");
+}
+
+/// A hub as systemd would start it, and what it tells systemd.
+struct Notified {
+    hub: Child,
+    socket: UnixDatagram,
+    log: PathBuf,
+}
+
+impl Notified {
+    fn start(folder: &Folder) -> Self {
+        let path = folder.0.join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let log = folder.0.join("log");
+        let hub = Command::new(PROGRAM)
+            .args(["hub", "--config", &folder.file("hub.toml")])
+            .env("NOTIFY_SOCKET", &path)
+            .env("WATCHDOG_USEC", "9000000")
+            .stderr(fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Self { hub, socket, log }
+    }
+
+    /// The next message that holds all of these; the daemon's log if none comes.
+    fn wait_for(&self, wanted: &[&str]) -> String {
+        let mut buffer = [0; 4096];
+        loop {
+            let Ok(length) = self.socket.recv(&mut buffer) else {
+                panic!("{wanted:?} did not come:\n{}", fs::read_to_string(&self.log).unwrap());
+            };
+            let message = String::from_utf8(buffer[..length].to_vec()).unwrap();
+            if wanted.iter().all(|part| message.contains(part)) {
+                return message;
+            }
+        }
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.hub.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+}
+
+impl Drop for Notified {
+    fn drop(&mut self) {
+        let _ = self.hub.kill();
+        let _ = self.hub.wait();
+    }
+}
+
+#[test]
+fn systemd_is_told_of_the_start_each_reload_the_turning_loops_and_the_end() {
+    let folder = Folder::new("notify");
+    let dir = folder.0.display().to_string();
+    let init = ["hub", "init", "--dir", &dir, "--hostname", "127.0.0.1", "--listen", "127.0.0.1:0", "--mqtt-listen", "off"];
+    assert!(culvert(&init).status.success());
+    let file = folder.0.join("hub.toml");
+    let good = fs::read_to_string(&file).unwrap() + "\n[metrics]\nlisten = \"off\"\n";
+    fs::write(&file, &good).unwrap();
+
+    let mut daemon = Notified::start(&folder);
+    daemon.wait_for(&["READY=1", "STATUS=ready"]);
+    daemon.wait_for(&["WATCHDOG=1"]);
+    daemon.signal("-HUP");
+    daemon.wait_for(&["RELOADING=1", "MONOTONIC_USEC="]);
+    daemon.wait_for(&["READY=1"]);
+
+    // A refused file: the answer comes all the same, the log names the line, and the daemon lives.
+    fs::write(&file, good.replace("hostname", "hostnam")).unwrap();
+    daemon.signal("-HUP");
+    daemon.wait_for(&["RELOADING=1"]);
+    daemon.wait_for(&["READY=1"]);
+    assert!(fs::read_to_string(&daemon.log).unwrap().contains("hostnam: unknown key"));
+    assert!(!culvert(&["check", &folder.file("hub.toml")]).status.success());
+    fs::write(&file, good.clone() + "\n[log]\nlevel = \"debug\"\n").unwrap();
+    daemon.wait_for(&["READY=1"]);
+    let plan = culvert(&["check", &folder.file("hub.toml")]);
+    assert!(String::from_utf8(plan.stdout).unwrap().contains("just this configuration"));
+
+    let second = culvert(&["hub", "--config", &folder.file("hub.toml")]);
+    let (code, said) = code_and_words(&second);
+    assert!(code == 69 && said.contains("another daemon is running"), "{code}: {said}");
+
+    daemon.signal("-TERM");
+    daemon.wait_for(&["STOPPING=1"]);
+    assert_eq!(daemon.hub.wait().unwrap().code(), Some(0));
+    assert!(!folder.0.join("hub.sock").exists());
+}
+
+fn units() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd");
+    let files = ["system", "user"].into_iter().flat_map(|kind| fs::read_dir(root.join(kind)).unwrap());
+    let units: Vec<PathBuf> = files.map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(units.len(), 4);
+    units
+}
+
+#[test]
+fn every_command_in_a_unit_parses() {
+    for unit in units() {
+        let text = fs::read_to_string(&unit).unwrap();
+        let commands = text.lines().filter_map(|line| line.strip_prefix("ExecStart=").or(line.strip_prefix("ExecReload=")));
+        let own: Vec<&str> = commands.filter(|command| command.starts_with("/usr/bin/culvert ")).collect();
+        assert_eq!(own.len(), 2, "{}", unit.display());
+        for command in own {
+            assert!(Cli::try_parse_from(command.split(' ')).is_ok(), "{}: {command}", unit.display());
+        }
+    }
+}
+
+/// Debian's package `systemd` has the tool.
+#[test]
+fn systemd_finds_no_fault_with_the_units_and_little_exposure() {
+    let folder = Folder::new("units");
+    for unit in units() {
+        let copy = folder.0.join(unit.file_name().unwrap());
+        let text = fs::read_to_string(&unit).unwrap().replace("/usr/bin/culvert", PROGRAM);
+        fs::write(&copy, text).unwrap();
+        let user = unit.parent().unwrap().ends_with("user");
+        let scope = if user { "--user" } else { "--system" };
+        let mut verify = Command::new("systemd-analyze");
+        verify.args([scope, "--man=no", "verify"]).arg(&copy).env("XDG_RUNTIME_DIR", &folder.0).env("HOME", &folder.0);
+        let verified = verify.output().unwrap();
+        let said = String::from_utf8(verified.stderr).unwrap();
+        assert!(verified.status.success() && said.is_empty(), "{}: {said}", unit.display());
+        if user {
+            continue;
+        }
+        let rated = Command::new("systemd-analyze").args(["security", "--offline=true"]).arg(&copy).output().unwrap();
+        let table = String::from_utf8(rated.stdout).unwrap();
+        let score = table.split("exposure level for").nth(1).and_then(|rest| rest.split(' ').nth(2)).unwrap();
+        assert!(score.parse::<f32>().unwrap() <= 2.0, "{}: {score}", unit.display());
+    }
+}
