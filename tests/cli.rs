@@ -54,7 +54,9 @@ fn exit_codes_tell_whose_fault_it_is() {
 
     fs::write(folder.0.join("service.toml"), "connection_string_fle = \"x\"\n").unwrap();
     let file = folder.file("service.toml");
-    for words in [["check", &file].as_slice(), &["service", "--config", &file], &["connect", "d", "t", "--config", &file]] {
+    for words in
+        [["check", &file].as_slice(), &["service", "--config", &file], &["connect", "d", "t", "--config", &file]]
+    {
         let (code, said) = code_and_words(&culvert(words));
         assert_eq!(code, 78, "{words:?}: {said}");
         assert!(said.contains(&format!("{file}:1: connection_string_fle")), "{said}");
@@ -122,7 +124,8 @@ impl Drop for Notified {
 fn systemd_is_told_of_the_start_each_reload_the_turning_loops_and_the_end() {
     let folder = Folder::new("notify");
     let dir = folder.0.display().to_string();
-    let init = ["hub", "init", "--dir", &dir, "--hostname", "127.0.0.1", "--listen", "127.0.0.1:0", "--mqtt-listen", "off"];
+    let init =
+        ["hub", "init", "--dir", &dir, "--hostname", "127.0.0.1", "--listen", "127.0.0.1:0", "--mqtt-listen", "off"];
     assert!(culvert(&init).status.success());
     let file = folder.0.join("hub.toml");
     let good = fs::read_to_string(&file).unwrap() + "\n[metrics]\nlisten = \"off\"\n";
@@ -169,7 +172,8 @@ fn units() -> Vec<PathBuf> {
 fn every_command_in_a_unit_parses() {
     for unit in units() {
         let text = fs::read_to_string(&unit).unwrap();
-        let commands = text.lines().filter_map(|line| line.strip_prefix("ExecStart=").or(line.strip_prefix("ExecReload=")));
+        let commands =
+            text.lines().filter_map(|line| line.strip_prefix("ExecStart=").or(line.strip_prefix("ExecReload=")));
         let own: Vec<&str> = commands.filter(|command| command.starts_with("/usr/bin/culvert ")).collect();
         assert_eq!(own.len(), 2, "{}", unit.display());
         for command in own {

@@ -60,7 +60,8 @@ async fn alone(args: &ConnectArgs, request: Request) -> Outcome {
         Failure::config(anyhow!("{hint}:\n{error}"))
     })?;
     let state = StateDir::new().map_err(Failure::unavailable)?;
-    let config = ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..loaded.config };
+    let config =
+        ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..loaded.config };
     let service = Service::bind(config, &Registry::new()).await.map_err(Failure::config)?;
     let handle = service.handle();
     let shutdown = CancellationToken::new();

@@ -32,8 +32,14 @@ pub(super) const WEB: &str = "web";
 /// The target and forward that exist if there is an sshd.
 const SSH: &str = "ssh";
 /// Ports that are nice to remember; others are taken if they are in use.
-const NICE_PORTS: [(&str, u16); 6] =
-    [("hub", 8443), ("web", 8080), ("ssh", 2222), ("hub-metrics", 9464), ("device-metrics", 9465), ("service-metrics", 9466)];
+const NICE_PORTS: [(&str, u16); 6] = [
+    ("hub", 8443),
+    ("web", 8080),
+    ("ssh", 2222),
+    ("hub-metrics", 9464),
+    ("device-metrics", 9465),
+    ("service-metrics", 9466),
+];
 
 pub(super) struct Files<'a> {
     pub(super) dir: &'a Path,
@@ -169,7 +175,9 @@ pub(super) fn print_what_to_try(dir: &Path, config: &ServiceConfig) {
         println!("    ssh -p {port} {host}");
         println!("    ssh -o ProxyCommand='culvert connect --config {dir}/service.toml %n ssh' {DEVICE}");
     }
-    println!("    culvert connect --config {dir}/service.toml {DEVICE} web      # type: GET / HTTP/1.0 and two returns");
+    println!(
+        "    culvert connect --config {dir}/service.toml {DEVICE} web      # type: GET / HTTP/1.0 and two returns"
+    );
     println!("    culvert registry --connection-string-file {dir}/{OWNER_FILE} list");
     println!("    culvert logs --config {dir}/hub.toml");
     if let Some(metrics) = config.metrics.listen {
