@@ -3,10 +3,12 @@
 //! Owns the translation of limits into mux options. Does not know channels' meaning. Invariant: neither side opens
 //! more channels than the smaller of both limits.
 
+use std::time::Duration;
+
 use crate::{
     config::LinkLimits,
     transport::{
-        hello::{LinkControl, PeerHello, Session, SessionIo},
+        hello::{LinkControl, LocalHello, PeerHello, Session, SessionIo},
         mux::{self, Incoming, Mux, MuxDriver, MuxOptions, Role},
     },
 };
@@ -23,6 +25,18 @@ pub struct MuxSession {
     pub link: Option<LinkControl>,
     /// The other daemon.
     pub peer: PeerHello,
+}
+
+/// The link's receive window: the mux takes what comes, so it is what the other side may keep for a resume.
+pub fn receive_window(limits: &LinkLimits) -> u32 {
+    u32::try_from(limits.max_replay).unwrap_or(u32::MAX)
+}
+
+/// A reload's new settings, for the hellos to come. What the process keeps in all cannot change while it runs.
+pub fn follow_link_settings(hello: &mut LocalHello, resume_for: Duration, limits: &LinkLimits) {
+    hello.resume_for = resume_for;
+    hello.max_channels = limits.max_channels;
+    hello.receive_window = receive_window(limits);
 }
 
 impl MuxSession {

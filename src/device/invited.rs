@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::mpsc,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,7 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 use super::mux_leg::MuxLegs;
 use crate::{
     agent::{HubClient, PlainStream},
-    base::Name,
+    base::{Gate, Name, Pass},
     config::DeviceLimits,
     forward::{Dialled, Outlet},
     proto::{
@@ -50,8 +50,7 @@ pub(super) struct Legs {
     pub(super) outbox: mpsc::Sender<String>,
     /// For programs that embed the device.
     pub(super) handler: Option<PlainHandler>,
-    plain: Arc<Semaphore>,
-    max_plain: usize,
+    pub(super) plain: Gate,
 }
 
 impl Legs {
@@ -62,8 +61,7 @@ impl Legs {
         outbox: mpsc::Sender<String>,
         limits: &DeviceLimits,
     ) -> Self {
-        let (plain, max_plain) = (Arc::new(Semaphore::new(limits.max_plain)), limits.max_plain);
-        Self { hub, outlet, mux, outbox, handler: None, plain, max_plain }
+        Self { hub, outlet, mux, outbox, handler: None, plain: Gate::new(limits.max_plain) }
     }
 
     fn hub(&self) -> HubClient {
@@ -175,7 +173,7 @@ async fn serve_mux(legs: &Legs, request: &StreamRequest, stop: CancellationToken
 /// A plain stream that may begin: what it is joined to, and its place among the plain streams.
 struct Admitted {
     far: Far,
-    _permit: OwnedSemaphorePermit,
+    _pass: Pass,
 }
 
 enum Far {
@@ -189,17 +187,17 @@ async fn admit(legs: &Legs, request: &StreamRequest) -> Result<Admitted, String>
     if name.starts_with(RESERVED_PREFIX) {
         return Err(format!("stream names that begin with {RESERVED_PREFIX:?} are reserved"));
     }
-    let full = || format!("this device has {} plain device streams, as many as it may", legs.max_plain);
-    let permit = legs.plain.clone().try_acquire_owned().map_err(|_| full())?;
+    let full = || format!("this device has {} plain device streams, as many as it may", legs.plain.limit());
+    let pass = legs.plain.enter().ok_or_else(full)?;
     if let Some(handler) = &legs.handler {
         return match handler.accepts(&request.stream, request.policy.as_ref()).await {
-            Ok(()) => Ok(Admitted { far: Far::Handler(handler.clone()), _permit: permit }),
+            Ok(()) => Ok(Admitted { far: Far::Handler(handler.clone()), _pass: pass }),
             Err(reason) => Err(reason),
         };
     }
     let target: Name = name.parse().map_err(|_| format!("this device has no target {name:?}"))?;
     match legs.outlet.dial(&target, request.policy.as_ref()).await {
-        Ok(dialled) => Ok(Admitted { far: Far::Target(dialled), _permit: permit }),
+        Ok(dialled) => Ok(Admitted { far: Far::Target(dialled), _pass: pass }),
         Err(error) => {
             legs.outlet.refuse(&error, request.policy.as_ref());
             Err(error.to_string())

@@ -26,14 +26,15 @@ pub use metrics::DeviceMetrics;
 use self::{
     control::{ControlDeps, ControlState, keep},
     invited::{Legs, handle_requests},
-    mux_leg::MuxLegs,
+    mux_leg::{MuxLegs, Settings},
 };
 use crate::{
     agent::{
         HubClient, HubSetupError, InstanceError, NetworkChanges,
         control_socket::{ControlHandler, Reply, Request},
-        load_instance, new_boot,
+        follow_link_settings, load_instance, new_boot, receive_window,
     },
+    base::Gate,
     config::DeviceConfig,
     forward::{Outlet, TargetMetrics},
     proto::control::StreamRequest,
@@ -84,6 +85,7 @@ struct Shared {
     hub: watch::Sender<HubClient>,
     outlet: Outlet,
     mux: MuxLegs,
+    plain: Gate,
     state: watch::Receiver<ControlState>,
 }
 
@@ -100,20 +102,20 @@ impl Device {
             instance: load_instance(&config.state_dir)?,
             boot: new_boot(),
             max_channels: limits.link.max_channels,
-            // The mux takes what comes, so the window is what the sender may keep for a resume.
-            receive_window: u32::try_from(limits.link.max_replay).unwrap_or(u32::MAX),
+            receive_window: receive_window(&limits.link),
             resume_for: config.resume_for,
             links: LinkSettings {
                 budget: ReplayBudget::new(limits.link.max_replay_total, limits.link.max_replay),
                 metrics: links,
             },
         };
+        let settings = Settings { hello, limits: limits.link.clone(), max_services: limits.max_services };
         let network_stop = CancellationToken::new();
         let (network, network_runner) = NetworkChanges::start(network_stop.clone());
         let (outbox, outbox_receiver) = mpsc::channel(OUTBOX);
         let (requests, requests_receiver) = mpsc::channel(REQUESTS);
         let outlet = Outlet::new(&config.targets, limits.max_connections, targets);
-        let mux = MuxLegs::new(hello, limits, outlet.clone(), outbox.clone(), network.clone(), metrics.clone());
+        let mux = MuxLegs::new(settings, outlet.clone(), outbox.clone(), network.clone(), metrics.clone());
         let in_use = Arc::new(Mutex::new(hub.clone()));
         let legs = Legs::new(in_use.clone(), outlet.clone(), mux.clone(), outbox, limits);
         let hub = watch::Sender::new(hub);
@@ -127,7 +129,8 @@ impl Device {
             network,
             metrics,
         };
-        let shared = Arc::new(Shared { in_force: Mutex::new(config), hub, outlet, mux, state });
+        let plain = legs.plain.clone();
+        let shared = Arc::new(Shared { in_force: Mutex::new(config), hub, outlet, mux, plain, state });
         let handle = DeviceHandle { shared };
         let network = Box::pin(network_runner);
         Ok(Self { handle, control, legs, requests: requests_receiver, network, network_stop })
@@ -167,7 +170,13 @@ impl DeviceHandle {
     pub fn reconfigure(&self, config: DeviceConfig) {
         let shared = &self.shared;
         let mut in_force = shared.in_force.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.outlet.set_targets(&config.targets);
+        shared.outlet.set_targets(&config.targets, config.limits.max_connections);
+        shared.plain.set_limit(config.limits.max_plain);
+        shared.mux.reconfigure(|settings| {
+            follow_link_settings(&mut settings.hello, config.resume_for, &config.limits.link);
+            settings.limits = config.limits.link.clone();
+            settings.max_services = config.limits.max_services;
+        });
         let same_hub = in_force.connection_string == config.connection_string
             && in_force.ca == config.ca
             && in_force.certificate == config.certificate

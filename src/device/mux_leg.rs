@@ -22,7 +22,7 @@ use super::metrics::DeviceMetrics;
 use crate::{
     agent::{HubCarrier, MuxSession, NetworkChanges},
     base::Name,
-    config::{DeviceLimits, LinkLimits},
+    config::LinkLimits,
     forward::{Outlet, serve_channel},
     proto::control::lost_topic,
     transport::{
@@ -40,14 +40,23 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// All mux legs of a device. Clones share them.
 #[derive(Clone)]
 pub(super) struct MuxLegs {
-    hello: LocalHello,
-    limits: LinkLimits,
-    max_services: usize,
+    settings: Arc<Mutex<Settings>>,
     outlet: Outlet,
     outbox: mpsc::Sender<String>,
     network: NetworkChanges,
     metrics: DeviceMetrics,
     open: Arc<Mutex<Table>>,
+}
+
+/// What a reload may change: it holds for the device streams to come.
+#[derive(Clone)]
+pub(super) struct Settings {
+    /// What we say of ourselves.
+    pub(super) hello: LocalHello,
+    /// Bounds of the mux.
+    pub(super) limits: LinkLimits,
+    /// Service daemons at once.
+    pub(super) max_services: usize,
 }
 
 #[derive(Default)]
@@ -70,15 +79,23 @@ struct Entry {
 
 impl MuxLegs {
     pub(super) fn new(
-        hello: LocalHello,
-        limits: &DeviceLimits,
+        settings: Settings,
         outlet: Outlet,
         outbox: mpsc::Sender<String>,
         network: NetworkChanges,
         metrics: DeviceMetrics,
     ) -> Self {
-        let (max_services, limits) = (limits.max_services, limits.link.clone());
-        Self { hello, limits, max_services, outlet, outbox, network, metrics, open: Arc::default() }
+        let settings = Arc::new(Mutex::new(settings));
+        Self { settings, outlet, outbox, network, metrics, open: Arc::default() }
+    }
+
+    /// Device streams to come follow these settings.
+    pub(super) fn reconfigure(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn settings(&self) -> Settings {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -93,10 +110,10 @@ impl MuxLegs {
         sid: Option<String>,
         stop: CancellationToken,
     ) {
-        let monitor = carrier.monitor();
+        let (monitor, hello) = (carrier.monitor(), self.settings().hello);
         let admission = Admission { legs: self, policy: policy.as_ref() };
         let received = tokio::select! {
-            received = receive(Box::new(carrier), &self.hello, &admission) => received,
+            received = receive(Box::new(carrier), &hello, &admission) => received,
             () = stop.cancelled() => return,
         };
         match received {
@@ -168,7 +185,7 @@ impl MuxLegs {
     /// Runs the mux and its channels until it ends, and says why it ended.
     async fn run(&self, session: Session, policy: Option<Name>, end: CancellationToken) -> String {
         let MuxSession { mux, mut incoming, driver, link, peer: _ } =
-            MuxSession::begin(session, Role::Server, &self.limits);
+            MuxSession::begin(session, Role::Server, &self.settings().limits);
         let mut driver = pin!(driver);
         let mut channels = JoinSet::new();
         let cut = end.child_token();
@@ -284,7 +301,7 @@ impl LinkTable for Admission<'_> {
     fn admit(&self, peer: &PeerHello) -> Result<(), String> {
         let table = self.legs.lock();
         let others = table.sessions.values().filter(|entry| entry.peer.instance != peer.instance).count();
-        if others < self.legs.max_services {
+        if others < self.legs.settings().max_services {
             return Ok(());
         }
         Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))

@@ -14,7 +14,6 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -26,7 +25,7 @@ use super::{
     metrics::TargetMetrics,
 };
 use crate::{
-    base::Name,
+    base::{Gate, Name, Pass},
     config::TargetRule,
     proto::open::{MAX_HEADER, OpenRequest, Verdict},
     transport::{
@@ -106,15 +105,14 @@ fn dial_verdict(error: &ConnectError) -> Verdict {
 #[derive(Clone)]
 pub struct Outlet {
     targets: Arc<RwLock<Arc<Vec<Target>>>>,
-    connections: Arc<Semaphore>,
-    limit: usize,
+    connections: Gate,
     metrics: TargetMetrics,
 }
 
 #[derive(Clone)]
 struct Target {
     rule: TargetRule,
-    connections: Arc<Semaphore>,
+    connections: Gate,
 }
 
 /// A dialled target: the socket, and what counts it until it is dropped.
@@ -123,29 +121,29 @@ pub struct Dialled {
     pub socket: Socket,
     /// The rule it follows.
     pub rule: TargetRule,
-    _permits: [OwnedSemaphorePermit; 2],
+    _passes: [Pass; 2],
 }
 
 impl Outlet {
     /// An outlet with these targets, at most `limit` connections over all of them.
     pub fn new(targets: &[TargetRule], limit: usize, metrics: TargetMetrics) -> Self {
-        let outlet = Self { targets: Arc::default(), connections: Arc::new(Semaphore::new(limit)), limit, metrics };
-        outlet.set_targets(targets);
+        let outlet = Self { targets: Arc::default(), connections: Gate::new(limit), metrics };
+        outlet.set_targets(targets, limit);
         outlet
     }
 
-    /// New connections follow these targets. Connections that are open stay, and still count where the target's
-    /// limit did not change.
-    pub fn set_targets(&self, rules: &[TargetRule]) {
+    /// New connections follow these targets and this limit over all of them. Connections that are open stay, and
+    /// still count.
+    pub fn set_targets(&self, rules: &[TargetRule], limit: usize) {
+        self.connections.set_limit(limit);
         let old = self.targets();
-        let same = |rule: &TargetRule| {
-            old.iter().find(|t| t.rule.name == rule.name && t.rule.max_connections == rule.max_connections)
+        let gate = |rule: &TargetRule| {
+            let known = old.iter().find(|target| target.rule.name == rule.name);
+            let gate = known.map_or_else(|| Gate::new(rule.max_connections), |target| target.connections.clone());
+            gate.set_limit(rule.max_connections);
+            gate
         };
-        let target = |rule: &TargetRule| Target {
-            rule: rule.clone(),
-            connections: same(rule)
-                .map_or_else(|| Arc::new(Semaphore::new(rule.max_connections)), |old| old.connections.clone()),
-        };
+        let target = |rule: &TargetRule| Target { rule: rule.clone(), connections: gate(rule) };
         let targets = Arc::new(rules.iter().map(target).collect());
         *self.targets.write().unwrap_or_else(std::sync::PoisonError::into_inner) = targets;
     }
@@ -181,14 +179,14 @@ impl Outlet {
         let target = self.find(name, policy)?;
         let rule = target.rule;
         let limited = |limit| OutletError::Limit { target: name.clone(), limit };
-        let own = target.connections.try_acquire_owned().map_err(|_| limited(rule.max_connections))?;
-        let all = self.connections.clone().try_acquire_owned().map_err(|_| limited(self.limit))?;
+        let own = target.connections.enter().ok_or_else(|| limited(rule.max_connections))?;
+        let all = self.connections.enter().ok_or_else(|| limited(self.connections.limit()))?;
         let socket = dial_address(&rule).await.map_err(|source| OutletError::Dial {
             target: name.clone(),
             address: rule.address.to_string(),
             source,
         })?;
-        Ok(Dialled { socket, rule, _permits: [own, all] })
+        Ok(Dialled { socket, rule, _passes: [own, all] })
     }
 
     /// Joins a dialled target with the far side until the flow has ended, and says so in one line.

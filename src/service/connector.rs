@@ -1,6 +1,6 @@
 //! Opens the far side of a flow: a channel of the device's tunnel, or a plain device stream of its own.
 //!
-//! Owns the limits over all forwards and per device. Does not know listeners. Invariant: a far side holds its permits
+//! Owns the limits over all forwards and per device. Does not know listeners. Invariant: a far side holds its passes
 //! for as long as it lives.
 
 use std::{
@@ -16,7 +16,7 @@ use bytes::BytesMut;
 use futures_util::future::BoxFuture;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::watch,
     time::{Instant, timeout_at},
 };
 use tracing::{info, warn};
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     agent::{HubClient, PlainStream, control_socket::Reply},
-    base::{Identity, Name, StreamName},
+    base::{Gate, Identity, Name, Pass, StreamName},
     config::{ForwardMode, ForwardRule, ServiceLimits},
     forward::{Abort, Connector, OpenFailure, Opened, Reason, Verdicted},
     proto::open::OpenRequest,
@@ -42,30 +42,39 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 pub(crate) struct ServiceConnector {
     hub: watch::Receiver<HubClient>,
     tunnels: Tunnels,
-    all: Arc<Semaphore>,
-    per_device: usize,
-    devices: Arc<Mutex<HashMap<Identity, Arc<Semaphore>>>>,
+    all: Gate,
+    /// The limit per device, and the gates of the devices that have connections.
+    devices: Arc<Mutex<(usize, HashMap<Identity, Gate>)>>,
 }
 
 impl ServiceConnector {
     pub(super) fn new(hub: watch::Receiver<HubClient>, tunnels: Tunnels, limits: &ServiceLimits) -> Self {
-        let all = Arc::new(Semaphore::new(limits.max_connections));
-        Self { hub, tunnels, all, per_device: limits.max_connections_per_device, devices: Arc::default() }
+        let devices = Arc::new(Mutex::new((limits.max_connections_per_device, HashMap::new())));
+        Self { hub, tunnels, all: Gate::new(limits.max_connections), devices }
     }
 
-    fn permits(&self, device: &Identity) -> Result<Permits, OpenFailure> {
+    /// New connections follow these limits.
+    pub(super) fn set_limits(&self, limits: &ServiceLimits) {
+        self.all.set_limit(limits.max_connections);
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).0 = limits.max_connections_per_device;
+    }
+
+    fn passes(&self, device: &Identity) -> Result<Passes, OpenFailure> {
         let refuse = |what: &str| OpenFailure {
             reason: Reason::Limit,
             detail: format!("as many connections as there may be {what} (see [limits] in service.toml)"),
         };
         let own = {
             let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+            let (limit, gates) = &mut *devices;
             // Devices without connections take no memory.
-            devices.retain(|_, permits| permits.available_permits() < self.per_device);
-            devices.entry(device.clone()).or_insert_with(|| Arc::new(Semaphore::new(self.per_device))).clone()
+            gates.retain(|_, gate| gate.inside() > 0);
+            let gate = gates.entry(device.clone()).or_insert_with(|| Gate::new(*limit));
+            gate.set_limit(*limit);
+            gate.enter()
         };
-        let own = own.try_acquire_owned().map_err(|_| refuse("to this device"))?;
-        let all = self.all.clone().try_acquire_owned().map_err(|_| refuse("over all forwards"))?;
+        let own = own.ok_or_else(|| refuse("to this device"))?;
+        let all = self.all.enter().ok_or_else(|| refuse("over all forwards"))?;
         Ok([own, all])
     }
 
@@ -123,11 +132,11 @@ impl ServiceConnector {
     /// Opens a far side and waits for the device's verdict, so that a refusal can still be told in words.
     async fn connect(&self, device: &Identity, target: &Name) -> Result<Held<Verdicted<Channel>>, OpenFailure> {
         let deadline = Instant::now() + CONNECT_LIMIT;
-        let permits = self.permits(device)?;
+        let passes = self.passes(device)?;
         let mut channel = self.open_channel(device, target, deadline).await?;
         let verdict = timeout_at(deadline, channel.verdict()).await;
         match verdict {
-            Ok(Ok(())) => Ok(Held { far: channel, _permits: permits }),
+            Ok(Ok(())) => Ok(Held { far: channel, _passes: passes }),
             Ok(Err(error)) => Err(OpenFailure { reason: Reason::PeerReset, detail: error.to_string() }),
             Err(_) => {
                 let detail = format!("no verdict from {device} within {} s", CONNECT_LIMIT.as_secs());
@@ -141,14 +150,14 @@ impl Connector for ServiceConnector {
     fn open<'a>(&'a self, rule: &'a ForwardRule) -> BoxFuture<'a, Result<Opened, OpenFailure>> {
         Box::pin(async move {
             let device = rule.identity();
-            let permits = self.permits(&device)?;
+            let passes = self.passes(&device)?;
             Ok(match rule.mode {
                 ForwardMode::Mux => {
                     let deadline = Instant::now() + rule.connect_timeout;
                     let far = self.open_channel(&device, &rule.target, deadline).await?;
-                    Box::new(Held { far, _permits: permits }) as Opened
+                    Box::new(Held { far, _passes: passes }) as Opened
                 }
-                ForwardMode::Plain => Box::new(Held { far: self.open_plain(rule).await?, _permits: permits }),
+                ForwardMode::Plain => Box::new(Held { far: self.open_plain(rule).await?, _passes: passes }),
             })
         })
     }
@@ -162,12 +171,12 @@ fn plain_failure(error: &InitiateError) -> OpenFailure {
     OpenFailure { reason, detail: error.to_string() }
 }
 
-type Permits = [OwnedSemaphorePermit; 2];
+type Passes = [Pass; 2];
 
-/// A far side that holds its permits.
+/// A far side that holds its passes.
 struct Held<F> {
     far: F,
-    _permits: Permits,
+    _passes: Passes,
 }
 
 impl<F: AsyncRead + Unpin> AsyncRead for Held<F> {

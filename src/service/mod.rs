@@ -30,14 +30,14 @@ use self::{
     connector::ServiceConnector,
     health::{HealthBoard, watch_forwards, watch_hub},
     supervisor::Supervisor,
-    tunnel::TunnelDeps,
+    tunnel::{TunnelDeps, TunnelSettings},
     tunnels::Tunnels,
 };
 use crate::{
     agent::{
         HubClient, HubSetupError, InstanceError, NetworkChanges,
         control_socket::{ControlHandler, Reply, Request},
-        load_instance, new_boot,
+        follow_link_settings, load_instance, new_boot, receive_window,
     },
     config::ServiceConfig,
     forward::{ForwardMetrics, InletDeps},
@@ -81,6 +81,7 @@ pub struct ServiceHandle {
 pub(crate) struct Shared {
     desired: watch::Sender<ServiceConfig>,
     hub: watch::Sender<HubClient>,
+    settings: watch::Sender<TunnelSettings>,
     tunnels: Tunnels,
     connector: ServiceConnector,
     board: HealthBoard,
@@ -103,8 +104,7 @@ impl Service {
             instance: load_instance(&config.state_dir)?,
             boot: new_boot(),
             max_channels: limits.max_channels,
-            // The mux takes what comes, so the window is what the sender may keep for a resume.
-            receive_window: u32::try_from(limits.max_replay).unwrap_or(u32::MAX),
+            receive_window: receive_window(&limits),
             resume_for: config.resume_for,
             links: LinkSettings {
                 budget: ReplayBudget::new(limits.max_replay_total, limits.max_replay),
@@ -114,12 +114,15 @@ impl Service {
         let (stop, network_stop) = (CancellationToken::new(), CancellationToken::new());
         let (network, network_runner) = NetworkChanges::start(network_stop.clone());
         let hub = watch::Sender::new(hub);
-        let deps = TunnelDeps { hub: hub.subscribe(), hello, limits, network, metrics: metrics.clone() };
+        let settings = watch::Sender::new(TunnelSettings { hello, limits });
+        let (hubs, settings_in_force) = (hub.subscribe(), settings.subscribe());
+        let deps = TunnelDeps { hub: hubs, settings: settings_in_force, network, metrics: metrics.clone() };
         let tunnels = Tunnels::new(deps, stop.clone());
         let connector = ServiceConnector::new(hub.subscribe(), tunnels.clone(), &config.limits);
         let shared = Arc::new(Shared {
             desired: watch::Sender::new(config),
             hub,
+            settings,
             tunnels,
             board: HealthBoard::default(),
             metrics,
@@ -162,6 +165,11 @@ impl Service {
 impl ServiceHandle {
     /// Puts another configuration in force: at once, and without touching what it does not change.
     pub fn reconfigure(&self, config: ServiceConfig) {
+        self.shared.connector.set_limits(&config.limits);
+        self.shared.settings.send_modify(|settings| {
+            follow_link_settings(&mut settings.hello, config.resume_for, &config.limits.link);
+            settings.limits = config.limits.link.clone();
+        });
         self.shared.desired.send_replace(config);
     }
 

@@ -160,8 +160,8 @@ impl<'a> Attempts<'a> {
         self.running.push(Box::pin(async move {
             let carrier = open_leg(deps, device, PATIENCE, || reached.store(true, Ordering::Relaxed)).await;
             let carrier = carrier.inspect_err(|_| reached.store(false, Ordering::Relaxed))?;
-            let monitor = carrier.monitor();
-            let offered = offer_resume(Box::new(carrier), link, &deps.hello).await;
+            let (monitor, hello) = (carrier.monitor(), deps.settings.borrow().hello.clone());
+            let offered = offer_resume(Box::new(carrier), link, &hello).await;
             offered.inspect_err(|_| reached.store(false, Ordering::Relaxed))?;
             Ok(monitor)
         }));

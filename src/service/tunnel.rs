@@ -42,14 +42,21 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub struct TunnelDeps {
     /// The hub, as the configuration in force has it.
     pub hub: watch::Receiver<HubClient>,
-    /// What we say of ourselves.
-    pub hello: LocalHello,
-    /// Bounds of the mux.
-    pub limits: LinkLimits,
+    /// What a reload may change: it holds for the device streams to come.
+    pub settings: watch::Receiver<TunnelSettings>,
     /// Notice of network changes.
     pub network: NetworkChanges,
     /// Counts.
     pub metrics: ServiceMetrics,
+}
+
+/// What we say of ourselves, and the bounds of the mux.
+#[derive(Clone)]
+pub struct TunnelSettings {
+    /// What we say of ourselves.
+    pub hello: LocalHello,
+    /// Bounds of the mux.
+    pub limits: LinkLimits,
 }
 
 /// What is known about a tunnel.
@@ -215,16 +222,17 @@ impl Keeper {
     async fn attempt(&self) -> Result<(Session, CarrierMonitor), AttemptError> {
         let patience = Patience { connect: AWAIT_DEVICE, response: AWAIT_ANSWER };
         let carrier = open_leg(&self.deps, &self.device, patience, || {}).await?;
-        let monitor = carrier.monitor();
-        let session = offer_new(Box::new(carrier), &self.deps.hello).await?;
+        let (monitor, hello) = (carrier.monitor(), self.deps.settings.borrow().hello.clone());
+        let session = offer_new(Box::new(carrier), &hello).await?;
         Ok((session, monitor))
     }
 
     /// Keeps a session until it ends, and says why it ended.
     async fn serve(&mut self, session: Session, monitor: CarrierMonitor) -> String {
         let begun = Instant::now();
+        let limits = self.deps.settings.borrow().limits.clone();
         let MuxSession { mux, incoming, driver, link, peer: _ } =
-            MuxSession::begin(session, Role::Client, &self.deps.limits);
+            MuxSession::begin(session, Role::Client, &limits);
         // The device opens no channels; the mux resets those that nobody takes.
         drop(incoming);
         self.deps.metrics.opened(&self.device);
