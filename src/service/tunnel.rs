@@ -231,8 +231,7 @@ impl Keeper {
     async fn serve(&mut self, session: Session, monitor: CarrierMonitor) -> String {
         let begun = Instant::now();
         let limits = self.deps.settings.borrow().limits.clone();
-        let MuxSession { mux, incoming, driver, link, peer: _ } =
-            MuxSession::begin(session, Role::Client, &limits);
+        let MuxSession { mux, incoming, driver, link, peer: _ } = MuxSession::begin(session, Role::Client, &limits);
         // The device opens no channels; the mux resets those that nobody takes.
         drop(incoming);
         self.deps.metrics.opened(&self.device);
