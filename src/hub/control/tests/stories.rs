@@ -261,6 +261,23 @@ async fn a_policys_new_key_ends_sessions_of_the_old_one() {
 }
 
 #[tokio::test]
+async fn max_token_lifetime_refuses_what_lives_longer() {
+    let hub = hub().await;
+    for (longest, code) in [
+        (None, ConnectCode::Accepted),
+        (Some(Duration::from_secs(3600)), ConnectCode::Accepted),
+        (Some(Duration::from_secs(1800)), ConnectCode::NotAuthorized),
+    ] {
+        let mut limited = config();
+        limited.limits.max_token_lifetime = longest;
+        hub.reconfigure(limited);
+        let mut device = Dialogue::tcp(&hub, Vec::new()).await;
+        let answer = device.log_in(&connect("pump", NODE, Some(token("pump", &key(1))))).await;
+        assert_eq!(answer, code, "{longest:?}");
+    }
+}
+
+#[tokio::test]
 async fn shutdown_and_a_full_hub_are_told() {
     let hub = hub().await;
     let device = ready(&hub, NODE).await;
