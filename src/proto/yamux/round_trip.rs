@@ -123,7 +123,7 @@ mod tests {
     fn the_minimum_survives_a_loaded_hour_in_pieces_but_not_for_ever() {
         let start = Instant::now();
         let mut trip = RoundTrip::default();
-        let mut sample = |trip: &mut RoundTrip, at: Duration, took: Duration| {
+        let sample = |trip: &mut RoundTrip, at: Duration, took: Duration| {
             trip.want(start + at);
             let id = trip.ping(start + at).expect("due");
             trip.want(start + at);

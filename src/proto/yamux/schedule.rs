@@ -24,6 +24,8 @@ pub(super) enum Place {
 pub(super) struct Turn {
     place: Place,
     deficit: i32,
+    /// Among the old ones only to wait out the round: it had nothing more to send.
+    parked: bool,
 }
 
 /// The two lists, of slots.
@@ -41,7 +43,13 @@ impl Schedule {
     /// The channel has something new to send.
     pub(super) fn activate(&mut self, slot: u32, turn: &mut Turn) {
         if turn.place == Place::Nowhere {
-            *turn = Turn { place: Place::Fresh, deficit: QUANTUM };
+            *turn = Turn { place: Place::Fresh, deficit: QUANTUM, parked: false };
+            self.fresh.push_back(slot);
+        } else if turn.parked && turn.deficit > 0 {
+            // What is left of its share of this round it may have at once: a keystroke does not wait for bulk only
+            // because there was another one a moment ago.
+            self.remove(slot, turn);
+            (turn.place, turn.parked) = (Place::Fresh, false);
             self.fresh.push_back(slot);
         }
     }
@@ -65,13 +73,14 @@ impl Schedule {
             return true;
         }
         self.pop(turn.place);
+        turn.parked = false;
         if turn.deficit <= 0 {
             turn.deficit += QUANTUM;
             turn.place = Place::Old;
             self.old.push_back(slot);
         } else if turn.place == Place::Fresh && !self.old.is_empty() {
-            // One round among the old ones before it counts as new again: else two that take turns starve the rest.
-            turn.place = Place::Old;
+            // One round among the old ones before it has a full share again: else two that take turns starve the rest.
+            (turn.place, turn.parked) = (Place::Old, true);
             self.old.push_back(slot);
         } else {
             turn.place = Place::Nowhere;
