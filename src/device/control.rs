@@ -23,7 +23,7 @@ use super::{
     session::{ControlSession, SessionError},
 };
 use crate::{
-    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME},
+    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, random_u64},
     proto::control::StreamRequest,
 };
 
@@ -33,6 +33,8 @@ const RENEW_AFTER: Duration = Duration::from_secs(TOKEN_LIFETIME * 4 / 5);
 const MAX_ATTEMPTS: usize = 4;
 /// Between attempts while device streams wait for the control session to be asked through.
 const SUSPECT_RETRY: Duration = Duration::from_millis(1500);
+/// The first attempt after a loss under live connections begins within this time, in microseconds.
+const URGENT_SPREAD_MICROS: u64 = 200_000;
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
 const MAX_WAITING: usize = 64;
 
@@ -57,6 +59,8 @@ pub(super) struct ControlDeps {
     pub(super) state: watch::Sender<ControlState>,
     /// The hub client of the session in use, for the data legs.
     pub(super) in_use: Arc<Mutex<HubClient>>,
+    /// True if connections wait for the hub to be reached again.
+    pub(super) is_urgent: Box<dyn Fn() -> bool + Send + Sync>,
     /// Notice of network changes.
     pub(super) network: NetworkChanges,
     /// Counts.
@@ -219,7 +223,8 @@ impl Keeper {
         self.deps.metrics.connected.set(0);
         self.retry.lived(self.opened.elapsed());
         let delay = match error.failure() {
-            // The first attempt after a loss is made at once, but not by a whole fleet in the same instant.
+            // A person is waiting: at once, but not a whole fleet in the same instant.
+            Failure::Path if (self.deps.is_urgent)() => Duration::from_micros(random_u64() % URGENT_SPREAD_MICROS),
             Failure::Path => self.retry.after(Failure::Answered(None), false).delay,
             answered @ Failure::Answered(_) => self.retry.after(answered, false).delay,
         };
@@ -231,7 +236,7 @@ impl Keeper {
     fn failed(&mut self, error: &SessionError) {
         let failure = error.failure();
         let is_beside = self.session.is_some();
-        let next = self.retry.after(failure, is_beside);
+        let next = self.retry.after(failure, is_beside || (self.deps.is_urgent)());
         let at = Instant::now() + next.delay;
         self.next = Some(self.next.map_or(at, |next| if failure == Failure::Path { next.max(at) } else { at }));
         let problem = error.to_string();

@@ -126,6 +126,10 @@ impl Device {
             requests,
             state: state_sender,
             in_use,
+            is_urgent: Box::new({
+                let mux = mux.clone();
+                move || mux.has_flows()
+            }),
             network,
             metrics,
         };

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, debug, info, info_span, warn};
+use tracing::{Instrument as _, debug, info, warn};
 
 use super::metrics::DeviceMetrics;
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     transport::{
         carrier::CarrierMonitor,
         hello::{HelloError, LinkControl, LinkId, LinkTable, LocalHello, PeerHello, Received, Session, receive},
-        mux::Role,
+        mux::{Mux, Role},
     },
 };
 
@@ -73,6 +73,8 @@ struct Entry {
     /// The bridge of the present carrier, and a view of it.
     sid: Option<String>,
     monitor: CarrierMonitor,
+    /// The mux, once it runs.
+    mux: Option<Mux>,
     /// Ends the session.
     end: CancellationToken,
 }
@@ -152,17 +154,17 @@ impl MuxLegs {
             link: link.clone(),
             sid,
             monitor,
+            mux: None,
             end: end.clone(),
         };
         let registration = self.register(entry);
-        let name = policy.as_ref().map_or("(none)", Name::as_str).to_owned();
-        info!(policy = name, resumable = link.is_some(), "device stream open");
+        info!(resumable = link.is_some(), "device stream open");
         let why = tokio::select! {
-            why = self.run(session, policy, end) => why,
+            why = self.run(registration.key, session, policy, end) => why,
             () = self.watch(registration.key) => unreachable!("the watch has no end"),
         };
         drop(registration);
-        info!(policy = name, seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
+        info!(seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
     }
 
     /// Enters a session, and ends at once what a restart of the same service daemon left behind.
@@ -183,9 +185,12 @@ impl MuxLegs {
     }
 
     /// Runs the mux and its channels until it ends, and says why it ended.
-    async fn run(&self, session: Session, policy: Option<Name>, end: CancellationToken) -> String {
+    async fn run(&self, key: u64, session: Session, policy: Option<Name>, end: CancellationToken) -> String {
         let MuxSession { mux, mut incoming, driver, link, peer: _ } =
             MuxSession::begin(session, Role::Server, &self.settings().limits);
+        if let Some(entry) = self.lock().sessions.get_mut(&key) {
+            entry.mux = Some(mux.clone());
+        }
         let mut driver = pin!(driver);
         let mut channels = JoinSet::new();
         let cut = end.child_token();
@@ -194,9 +199,7 @@ impl MuxLegs {
                 ended = &mut driver => break Some(ended),
                 () = end.cancelled() => break None,
                 Some(channel) = incoming.accept() => {
-                    let span = info_span!("channel", policy = policy.as_ref().map(Name::as_str));
-                    let serve = serve_channel(channel, self.outlet.clone(), policy.clone(), cut.clone());
-                    channels.spawn(serve.instrument(span));
+                    channels.spawn(serve_channel(channel, self.outlet.clone(), policy.clone(), cut.clone()).in_current_span());
                 }
                 Some(_) = channels.join_next(), if !channels.is_empty() => {}
             }
@@ -245,6 +248,11 @@ impl MuxLegs {
             // A full outbox means no control session either; then the hub finds out by itself.
             let _ = self.outbox.try_send(lost_topic(&sid));
         }
+    }
+
+    /// True if connections are open on some device stream: somebody waits if the hub is not reached.
+    pub(super) fn has_flows(&self) -> bool {
+        self.lock().sessions.values().any(|entry| entry.mux.as_ref().is_some_and(|mux| mux.channels() > 0))
     }
 
     /// One entry per session, for `culvert status`.

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{Instrument as _, info, info_span, warn};
+use tracing::{info, warn};
 
 use super::{
     endpoint_of,
@@ -180,9 +180,8 @@ impl Shared {
                 self.close_flow(&rule, Instant::now(), end);
                 continue;
             }
-            let span = info_span!("flow", forward = %rule.name, device = %rule.identity(), target = %rule.target);
             let shared = self.clone();
-            self.flows.spawn(async move { shared.flow(rule, socket).await }.instrument(span));
+            self.flows.spawn(async move { shared.flow(rule, socket).await });
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::{
     initiator::Patience,
@@ -69,9 +69,8 @@ pub(super) async fn keep_attached(
         if link.end().is_some() {
             return;
         }
-        if !link.attached() {
-            info!("{suspicion}; resuming, {} connections wait", mux.channels());
-        }
+        // The link itself tells people when it is lost and resumed.
+        debug!("{suspicion}; trying another carrier");
         let attempts = Attempts::new(deps, device, link, mux);
         match attempts.run(&monitor).await {
             Outcome::Attached(next) => {

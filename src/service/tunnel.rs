@@ -39,7 +39,7 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// What all tunnels of a service share.
 #[derive(Clone)]
-pub struct TunnelDeps {
+pub(crate) struct TunnelDeps {
     /// The hub, as the configuration in force has it.
     pub hub: watch::Receiver<HubClient>,
     /// What a reload may change: it holds for the device streams to come.
@@ -52,7 +52,7 @@ pub struct TunnelDeps {
 
 /// What we say of ourselves, and the bounds of the mux.
 #[derive(Clone)]
-pub struct TunnelSettings {
+pub(crate) struct TunnelSettings {
     /// What we say of ourselves.
     pub hello: LocalHello,
     /// Bounds of the mux.
@@ -61,7 +61,7 @@ pub struct TunnelSettings {
 
 /// What is known about a tunnel.
 #[derive(Debug, Clone)]
-pub enum TunnelState {
+pub(crate) enum TunnelState {
     /// Nobody wants it yet.
     Idle,
     /// Not there, for this reason, since then.
@@ -86,14 +86,14 @@ pub enum TunnelState {
 
 /// A tunnel. Clones are handles of the same one.
 #[derive(Clone)]
-pub struct Tunnel {
+pub(crate) struct Tunnel {
     state: watch::Receiver<TunnelState>,
     wanted: Arc<watch::Sender<bool>>,
 }
 
 impl Tunnel {
     /// The tunnel and the loop that keeps it, which ends after `stop`: spawn it and await it.
-    pub fn new(
+    pub(super) fn new(
         device: Identity,
         deps: TunnelDeps,
         stop: CancellationToken,
@@ -106,17 +106,17 @@ impl Tunnel {
     }
 
     /// Says that the tunnel is to be there from now on.
-    pub fn want(&self) {
+    pub(super) fn want(&self) {
         self.wanted.send_if_modified(|wanted| !std::mem::replace(wanted, true));
     }
 
     /// What is known now.
-    pub fn state(&self) -> TunnelState {
+    pub(super) fn state(&self) -> TunnelState {
         self.state.borrow().clone()
     }
 
     /// Waits until the tunnel is up, and opens nothing. Ends only by success; bound it.
-    pub async fn mux(&self) -> Mux {
+    pub(super) async fn mux(&self) -> Mux {
         self.want();
         let mut state = self.state.clone();
         loop {
@@ -133,7 +133,7 @@ impl Tunnel {
     }
 
     /// Why it is not up, for the closing line of a flow that waited in vain.
-    pub fn why(&self) -> String {
+    pub(super) fn why(&self) -> String {
         match &*self.state.borrow() {
             TunnelState::Idle => "not opened yet".into(),
             TunnelState::Waiting { why, .. } => why.to_string(),
