@@ -2,10 +2,12 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::Parser as _;
@@ -158,6 +160,87 @@ fn systemd_is_told_of_the_start_each_reload_the_turning_loops_and_the_end() {
     daemon.wait_for(&["STOPPING=1"]);
     assert_eq!(daemon.hub.wait().unwrap().code(), Some(0));
     assert!(!folder.0.join("hub.sock").exists());
+}
+
+/// A quickstart in a folder; interrupted at its end.
+struct Quickstart(Child);
+
+impl Quickstart {
+    /// Waits for what is printed when everything works, and yields it.
+    fn start(folder: &Folder) -> (Self, String) {
+        let log = fs::File::create(folder.0.join("log")).unwrap();
+        let dir = folder.file("demo");
+        let mut command = Command::new(PROGRAM);
+        let mut child = command.args(["quickstart", "--dir", &dir]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut said = String::new();
+        for line in lines {
+            said += &(line.unwrap() + "\n");
+            if said.contains("Ctrl-C") {
+                return (Self(child), said);
+            }
+        }
+        panic!("quickstart ended:\n{}", fs::read_to_string(folder.0.join("log")).unwrap());
+    }
+}
+
+impl Drop for Quickstart {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What `culvert connect` answers to a request for the page, its configuration as given.
+fn page_by_connect(config: &str) -> String {
+    let mut connect = Command::new(PROGRAM)
+        .args(["connect", "--config", config, "quickstart-device", "web"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    connect.stdin.take().unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let output = connect.wait_with_output().unwrap();
+    assert!(output.status.success(), "{config}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_quickstart_works_as_it_says_takes_up_a_changed_file_and_ends_when_asked() {
+    let folder = Folder::new("quickstart");
+    let (mut quickstart, said) = Quickstart::start(&folder);
+    let url = said.split("curl http://").nth(1).unwrap().split('/').next().unwrap();
+    let mut page = String::new();
+    let mut socket = TcpStream::connect(url).unwrap();
+    socket.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    socket.read_to_string(&mut page).unwrap();
+    assert!(page.contains("Hello from a web server behind the device!"), "{page}");
+
+    let config = folder.file("demo/service.toml");
+    assert!(page_by_connect(&config).contains("Hello"));
+    let text = fs::read_to_string(&config).unwrap();
+    // Without the daemon's socket, by a device stream of its own.
+    let alone = folder.file("demo/alone-service.toml");
+    fs::write(&alone, text.replace("service.sock", "nobody.sock")).unwrap();
+    assert!(page_by_connect(&alone).contains("Hello"));
+
+    let added = folder.file("demo/web.sock");
+    let rule = format!("\n[[forward]]\nname = \"more\"\nlisten = \"unix:{added}\"\ndevice = \"quickstart-device\"\ntarget = \"web\"\n");
+    fs::write(&config, text + &rule).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !Path::new(&added).exists() {
+        assert!(Instant::now() < deadline, "{}", fs::read_to_string(folder.0.join("log")).unwrap());
+        std::thread::yield_now();
+    }
+
+    let listed = culvert(&["registry", "list", "--connection-string-file", &folder.file("demo/owner.connection")]);
+    assert!(String::from_utf8(listed.stdout).unwrap().contains("quickstart-device  enabled   Connected"));
+    let logs = culvert(&["logs", "--config", &folder.file("demo/hub.toml"), "--device", "quickstart-device"]);
+    assert!(String::from_utf8(logs.stdout).unwrap().contains("culvert-mux-1"));
+
+    let interrupted = Command::new("kill").args(["-INT", &quickstart.0.id().to_string()]).status().unwrap();
+    assert!(interrupted.success());
+    assert_eq!(quickstart.0.wait().unwrap().code(), Some(0));
 }
 
 fn units() -> Vec<PathBuf> {
