@@ -225,7 +225,9 @@ fn a_quickstart_works_as_it_says_takes_up_a_changed_file_and_ends_when_asked() {
     assert!(page_by_connect(&alone).contains("Hello"));
 
     let added = folder.file("demo/web.sock");
-    let rule = format!("\n[[forward]]\nname = \"more\"\nlisten = \"unix:{added}\"\ndevice = \"quickstart-device\"\ntarget = \"web\"\n");
+    let rule = format!(
+        "\n[[forward]]\nname = \"more\"\nlisten = \"unix:{added}\"\ndevice = \"quickstart-device\"\ntarget = \"web\"\n"
+    );
     fs::write(&config, text + &rule).unwrap();
     let deadline = Instant::now() + PATIENCE;
     while !Path::new(&added).exists() {
