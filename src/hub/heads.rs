@@ -264,6 +264,13 @@ fn has_bare_newline(bytes: &[u8], from: usize) -> bool {
     })
 }
 
+/// Checks any bytes as a request head. For fuzzing: an accepted head has a shape that every parser agrees on.
+pub fn fuzz_head(data: &[u8]) {
+    if check_head(data).is_ok() {
+        assert!(!has_bare_newline(data, 0) && !data.contains(&0));
+    }
+}
+
 fn check_head(head: &[u8]) -> Result<Head, Refusal> {
     let text = std::str::from_utf8(head).map_err(|_| Refusal::Malformed)?;
     if has_bare_newline(head, 0) {

@@ -29,6 +29,9 @@ pub mod shared;
 mod streams_api;
 mod upgrade;
 
+pub use bridge::fuzz_frames;
+pub use heads::fuzz_head;
+
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use tokio::{task::JoinSet, time::timeout};

@@ -304,6 +304,23 @@ fn control(opcode: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// Decodes any bytes in pieces of any size: for fuzzing. The payload is never longer than what came.
+pub(super) fn fuzz(data: &[u8]) {
+    let Some((piece, bytes)) = data.split_first() else { return };
+    let mut decoder = Decoder::default();
+    let mut payload = 0;
+    for chunk in bytes.chunks(usize::from(*piece) + 1) {
+        let mut buffer = [&[0; HEADROOM], chunk].concat();
+        let end = buffer.len();
+        let Ok(range) = decoder.strip(&mut buffer, HEADROOM..end) else { return };
+        payload += range.len();
+        if !range.is_empty() {
+            put_header(&mut buffer, &range);
+        }
+    }
+    assert!(payload <= bytes.len() && decoder.control.len() <= MAX_CONTROL);
+}
+
 #[cfg(test)]
 mod tests {
     use tokio_tungstenite::tungstenite::{Message, WebSocket, protocol::Role};

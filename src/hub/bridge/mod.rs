@@ -496,6 +496,11 @@ impl Drop for Forget {
     }
 }
 
+/// Feeds any bytes to the decoder of WebSocket frames. For fuzzing.
+pub fn fuzz_frames(data: &[u8]) {
+    frames::fuzz(data);
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

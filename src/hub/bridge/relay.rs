@@ -408,3 +408,123 @@ where
         Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::{SinkExt as _, StreamExt as _};
+    use tokio::io::DuplexStream;
+    use tokio_tungstenite::{
+        WebSocketStream,
+        tungstenite::{Message, protocol::Role},
+    };
+
+    use super::*;
+
+    type Client = WebSocketStream<DuplexStream>;
+
+    fn counters() -> Counters {
+        let counter = || IntCounter::new("bytes", "bytes").unwrap();
+        Counters { to_device: counter(), to_service: counter(), this: Relayed::default() }
+    }
+
+    async fn leg(pipe: usize) -> (Leg<DuplexStream>, Client) {
+        let (io, client) = tokio::io::duplex(pipe);
+        (Leg::new(io, bytes::Bytes::new()), WebSocketStream::from_raw_socket(client, Role::Client, None).await)
+    }
+
+    /// Sizes without a pattern, from empty to three frames' worth.
+    fn sizes(seed: u64) -> impl Iterator<Item = usize> {
+        let step =
+            |state: &u64| Some(state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+        let states = std::iter::successors(Some(seed), step);
+        states.map(|state| match state >> 61 {
+            0 => 0,
+            1..=5 => (state >> 33) as usize % 200,
+            _ => (state >> 33) as usize % 200_000,
+        })
+    }
+
+    /// Sends `total` bytes in messages of many sizes, and checks those that come from the other side.
+    async fn talk(mut client: Client, seed: u64, total: usize) {
+        let (mut sink, mut stream) = (&mut client).split();
+        let send = async {
+            let mut sent = 0;
+            for size in sizes(seed) {
+                let end = (sent + size).min(total);
+                let bytes: Vec<u8> = (sent..end).map(|n| (n / 3) as u8).collect();
+                sink.send(Message::binary(bytes)).await.unwrap();
+                if size % 11 == 3 {
+                    sink.send(Message::Ping("now and then".into())).await.unwrap();
+                }
+                sent = end;
+                if sent == total {
+                    break;
+                }
+            }
+        };
+        let receive = async {
+            let mut received = 0;
+            while received < total {
+                let Message::Binary(bytes) = stream.next().await.unwrap().unwrap() else { continue };
+                assert!((1..=MAX_PAYLOAD_OUT).contains(&bytes.len()));
+                for byte in bytes {
+                    assert_eq!(byte, (received / 3) as u8, "at {received}");
+                    received += 1;
+                }
+            }
+        };
+        tokio::join!(send, receive);
+    }
+
+    #[tokio::test]
+    async fn both_directions_at_once_lose_and_change_nothing() {
+        const TOTAL: usize = 3_000_000;
+        for (seed, pipe) in [(1, 64), (2, 1500), (3, 300_000)] {
+            let total = if pipe == 64 { TOTAL / 30 } else { TOTAL };
+            let ((service, one), (device, other)) = (leg(pipe).await, leg(pipe).await);
+            let pool = BufferPool::default();
+            let mut relay = Relay::new(service, device, pool.clone(), counters());
+            let clients = async { tokio::join!(talk(one, seed, total), talk(other, seed + 10, total)) };
+            tokio::select! {
+                side = relay.run() => panic!("{side:?} ended"),
+                _ = clients => {}
+            }
+            assert_eq!(relay.relayed(), Relayed { to_device: total as u64, to_service: total as u64 });
+            drop(relay);
+            assert!(pool.0.lock().unwrap().len() <= 2, "a direction has one buffer");
+        }
+    }
+
+    #[tokio::test]
+    async fn small_frames_that_are_there_travel_together() {
+        let ((service, mut one), (device, mut other)) = (leg(1 << 20).await, leg(1 << 20).await);
+        for _ in 0..1000 {
+            one.feed(Message::binary(vec![7; 64])).await.unwrap();
+        }
+        one.flush().await.unwrap();
+        let mut relay = Relay::new(service, device, BufferPool::default(), counters());
+        let receive = async {
+            let (mut messages, mut bytes) = (0, 0);
+            while bytes < 64_000 {
+                bytes += other.next().await.unwrap().unwrap().len();
+                messages += 1;
+            }
+            messages
+        };
+        tokio::select! {
+            side = relay.run() => panic!("{side:?} ended"),
+            messages = receive => assert_eq!(messages, 2, "of 70,000 bytes with headers, a buffer takes 65,536"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_idle_direction_holds_no_buffer() {
+        let ((service, mut one), (device, mut other)) = (leg(1 << 20).await, leg(1 << 20).await);
+        let mut relay = Relay::new(service, device, BufferPool::default(), counters());
+        tokio::select! {
+            side = relay.run() => panic!("{side:?} ended"),
+            _ = async { one.send(Message::binary("x")).await.unwrap(); other.next().await } => {}
+        }
+        assert!(relay.to_device.buffer.is_none() && relay.to_service.buffer.is_none());
+    }
+}

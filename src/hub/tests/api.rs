@@ -180,3 +180,32 @@ async fn strangers_fill_their_share_and_do_not_starve_others() {
     drop(strangers);
     hub.stopped().await;
 }
+
+#[tokio::test]
+async fn a_service_that_leaves_takes_its_request_back() {
+    let hub = TestHub::start().await;
+    let mut io = hub.connect().await;
+    send_request(&mut io, "POST /twins/pump/streams/s", &[hub.sas("service", 1)], "").await;
+    while hub.handle.device_streams() == 0 {
+        tokio::task::yield_now().await;
+    }
+    drop(io);
+    while hub.handle.device_streams() == 1 {
+        tokio::task::yield_now().await;
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_stopping_hub_answers_those_who_wait() {
+    let hub = TestHub::start().await;
+    let wait = async {
+        while hub.handle.device_streams() == 0 {
+            tokio::task::yield_now().await;
+        }
+        hub.stop();
+    };
+    let (reply, ()) = tokio::join!(hub.initiate("/twins/pump/streams/s", "60", "60"), wait);
+    assert_eq!((reply.status, reply.header("retry-after")), (503, Some("5")));
+    hub.stopped().await;
+}

@@ -58,6 +58,7 @@ async fn bytes_pass_both_ways_and_a_clean_close_is_passed_on() {
     assert_eq!(next(&mut device_leg).await.unwrap(), b"last words");
     assert_eq!(closed(&mut device_leg).await, (1000, String::new()));
     assert!(matches!(service_leg.next().await, Some(Ok(Message::Close(_)))), "the Close is answered");
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -97,6 +98,7 @@ async fn an_end_without_a_close_is_told_as_1011() {
     let failure = CloseFrame { code: CloseCode::from(4000), reason: "no".into() };
     service_leg.close(Some(failure)).await.unwrap();
     assert_eq!(closed(&mut device_leg).await, (1011, "WS disconnected".into()));
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -112,6 +114,7 @@ async fn pings_are_answered_and_never_sent() {
     assert!(matches!(device_leg.next().await, Some(Ok(Message::Pong(payload))) if payload == "back"));
     send(&mut service_leg, b"data").await;
     assert_eq!(next(&mut device_leg).await.unwrap(), b"data");
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -146,6 +149,7 @@ async fn protocol_violations_end_the_bridge_with_their_code() {
     );
     service_leg.send(Message::Frame(close)).await.unwrap();
     assert_eq!(closed(&mut device_leg).await.0, 1000, "a Close without a code is clean: Node's way");
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -167,8 +171,9 @@ async fn a_ticket_admits_one_leg_once() {
     let line = format!("GET {}", &url[url.find("/bridges").unwrap()..]);
     let plain = hub.request(&line, &[format!("Authorization: {bearer}")], "").await;
     assert_eq!(plain.status, 426);
-    let _leg = hub.leg(&url, &token).await.unwrap();
+    let leg = hub.leg(&url, &token).await.unwrap();
     assert_eq!(hub.leg(&url, &token).await.err(), Some(401), "used up");
+    drop(leg);
     hub.stopped().await;
 }
 
@@ -182,12 +187,13 @@ async fn one_subprotocol_is_echoed_if_offered_and_never_an_extension() {
         ("Authorization", bearer.as_str()),
         ("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits"),
     ];
-    let (_service_leg, headers) = hub.leg_with(&reply.url(), &node).await.unwrap();
+    let (service_leg, headers) = hub.leg_with(&reply.url(), &node).await.unwrap();
     assert!(!headers.contains_key("sec-websocket-extensions") && !headers.contains_key("sec-websocket-protocol"));
     let bearer = format!("Bearer {}", asked.auth);
     let c = [("Authorization", bearer.as_str()), ("Sec-WebSocket-Protocol", "MQTT")];
-    let (_device_leg, headers) = hub.leg_with(&asked.url, &c).await.unwrap();
+    let (device_leg, headers) = hub.leg_with(&asked.url, &c).await.unwrap();
     assert_eq!(headers.get("sec-websocket-protocol").map(String::as_str), Some("MQTT"));
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -206,6 +212,7 @@ async fn a_leg_that_waits_in_vain_is_told() {
     let (reply, mut leg) = tokio::join!(hub.initiate(path, "5", "5"), early);
     assert_eq!(reply.header("iothub-streaming-is-accepted"), Some("False"));
     assert_eq!(closed(&mut leg).await.0, 1011);
+    drop(leg);
     hub.stopped().await;
 }
 
@@ -226,11 +233,13 @@ async fn revocation_ends_bridges_at_once() {
     let enabled = hub.put("pump", r#","status":"enabled""#, Some("*")).await;
     assert_eq!(enabled.status, 200);
     let mut device = hub.device("pump").await;
-    let (mut service_leg, _device_leg) = hub.stream(&mut device, "ssh").await;
+    drop((service_leg, device_leg));
+    let (mut service_leg, device_leg) = hub.stream(&mut device, "ssh").await;
     let mut config = hub.config.clone();
     config.policies[0].primary_key = key(0x99);
     hub.handle.reconfigure(config).unwrap();
     assert_eq!(closed(&mut service_leg).await, (1008, "revoked".into()));
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
@@ -251,12 +260,13 @@ async fn a_device_that_lost_its_leg_says_so() {
     assert_eq!(next(&mut device_leg).await.unwrap(), b"still here");
     device.publish(&format!("$culvert/streams/lost/?sid={sid}")).await;
     assert_eq!(closed(&mut service_leg).await, (1011, "WS disconnected".into()));
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }
 
 #[tokio::test]
 async fn at_shutdown_mux_bridges_end_and_plain_ones_finish() {
-    let hub = TestHub::start().await;
+    let hub = TestHub::with(|config| config.limits.drain_timeout = Duration::from_secs(30)).await;
     let mut device = hub.device("pump").await;
     let (mut mux_service, mut mux_device) = hub.stream(&mut device, "culvert-mux-1").await;
     let (mut service_leg, mut device_leg) = hub.stream(&mut device, "ssh").await;
@@ -292,5 +302,6 @@ async fn a_stalled_reader_stops_the_sender_and_loses_nothing() {
     let (flushed, received) = tokio::join!(service_leg.flush(), receive(&mut device_leg, total));
     flushed.unwrap();
     assert!(received.chunks(chunk.len()).all(|received| received == chunk));
+    drop((service_leg, device_leg));
     hub.stopped().await;
 }

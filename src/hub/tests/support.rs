@@ -93,6 +93,8 @@ impl TestHub {
     pub(super) async fn with(change: impl FnOnce(&mut HubConfig)) -> Self {
         let folder = folder();
         let (mut config, pem) = config_in(&folder);
+        // Tests that do not ask for a drain hold no connection that is worth one.
+        config.limits.drain_timeout = Duration::from_millis(100);
         change(&mut config);
         let metrics = HubMetrics::default();
         let hub = Hub::bind(config.clone(), metrics.clone()).await.unwrap();
