@@ -88,7 +88,7 @@ struct Keeper {
 enum Action {
     Request(StreamRequest),
     Ended(SessionError),
-    Opened(HubClient, ControlSession),
+    Opened(HubClient, Box<ControlSession>),
     Failed(SessionError),
     Begin,
     Renew,
@@ -117,7 +117,7 @@ pub(super) async fn keep(deps: ControlDeps, stop: CancellationToken) {
     loop {
         match keeper.next(&stop).await {
             Action::Stop => break,
-            action => keeper.apply(action).await,
+            action => keeper.apply(action),
         }
     }
     if let Some(session) = keeper.session.take() {
@@ -138,7 +138,7 @@ impl Keeper {
                 Err(error) => Action::Ended(error),
             },
             Some((hub, opened)) = self.attempts.next(), if !self.attempts.is_empty() => match opened {
-                Ok(session) => Action::Opened(hub, session),
+                Ok(session) => Action::Opened(hub, Box::new(session)),
                 Err(error) => Action::Failed(error),
             },
             () = sleep_until(begin.unwrap_or_else(Instant::now)), if begin.is_some() => Action::Begin,
@@ -151,7 +151,7 @@ impl Keeper {
     }
 
     /// Every change of the loop's state.
-    async fn apply(&mut self, action: Action) {
+    fn apply(&mut self, action: Action) {
         match action {
             Action::Stop => {}
             Action::Request(request) => {
@@ -162,7 +162,7 @@ impl Keeper {
                 }
             }
             Action::Ended(error) => self.ended(&error),
-            Action::Opened(hub, session) => self.opened(hub, session).await,
+            Action::Opened(hub, session) => self.opened(hub, *session),
             Action::Failed(error) => self.failed(&error),
             Action::Begin => self.begin(),
             Action::Renew => {
@@ -195,7 +195,7 @@ impl Keeper {
         }));
     }
 
-    async fn opened(&mut self, hub: HubClient, session: ControlSession) {
+    fn opened(&mut self, hub: HubClient, session: ControlSession) {
         self.attempts.clear();
         self.next = None;
         self.opened = Instant::now();

@@ -76,7 +76,7 @@ impl Legs {
 /// Handles requests until `stop`.
 pub(super) async fn handle_requests(legs: Legs, mut requests: mpsc::Receiver<StreamRequest>, stop: CancellationToken) {
     let mut tasks = JoinSet::new();
-    let answered: Arc<Mutex<VecDeque<(String, Option<StreamAnswer>)>>> = Arc::default();
+    let answered: Arc<Answered> = Arc::default();
     loop {
         let request = tokio::select! {
             () = stop.cancelled() => break,
@@ -97,6 +97,7 @@ pub(super) async fn handle_requests(legs: Legs, mut requests: mpsc::Receiver<Str
     while tasks.join_next().await.is_some() {}
 }
 
+/// Requests that were asked, by their IDs, with the answer as soon as there is one.
 type Answered = Mutex<VecDeque<(String, Option<StreamAnswer>)>>;
 
 /// True if the request was asked before: its answer, if there is one by now, is given again.

@@ -51,7 +51,7 @@ const API_VERSION: &str = "2020-09-30";
 pub(super) enum SessionError {
     /// No carrier.
     #[error("{0}")]
-    Carrier(#[from] CarrierFailure),
+    Carrier(#[source] Box<CarrierFailure>),
     /// The hub said no.
     #[error("the hub does not accept device {identity}: {}", refusal(*code))]
     Refused { identity: String, code: ConnectCode },
@@ -121,7 +121,8 @@ impl ControlSession {
     /// Connects, logs in and subscribes.
     pub(super) async fn open(hub: &HubClient) -> Result<Self, SessionError> {
         let token = hub.token();
-        let carrier = hub.control_carrier(if token.is_some() { PATH } else { PATH_X509 }).await?;
+        let path = if token.is_some() { PATH } else { PATH_X509 };
+        let carrier = hub.control_carrier(path).await.map_err(|error| SessionError::Carrier(Box::new(error)))?;
         let ping = Box::pin(sleep(PING));
         let mut session = Self { carrier, inbox: BytesMut::new(), outbox: BytesMut::new(), unflushed: false, ping };
         timeout(OPEN_LIMIT, session.log_in(hub)).await.map_err(|_| SessionError::Timeout)??;

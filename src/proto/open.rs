@@ -122,7 +122,7 @@ impl OpenRequest {
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, OpenError> {
         let Some((kind, length, name)) = take(bytes)? else { return Ok(None) };
         let request = match (kind, length) {
-            (KIND_TARGET, 1..=64) => name.map(|name| Self::target(name)).transpose()?,
+            (KIND_TARGET, 1..=64) => name.map(Self::target).transpose()?,
             (KIND_ECHO, 0) => Some(Self::Echo),
             (KIND_TARGET | KIND_ECHO, _) => return Err(OpenError::Length(length)),
             (other, _) => return Err(OpenError::Kind(other)),
