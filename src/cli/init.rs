@@ -188,7 +188,7 @@ fn config_text(plan: &Plan, (certificate, key): &(String, String), policies: &st
         format!("state_dir = {}\ncontrol_socket = {}\n", inside("state"), inside("hub.sock"))
     };
     format!(
-        "# Made by `culvert hub init`. All keys: hub.toml(5) or config/hub.toml in the source.\n\
+        "# Made by `culvert hub init`. All keys: config/hub.toml in the source.\n\
          # The hub takes up changes by itself; `culvert check` tells what a change would do.\n\n\
          # The name in tokens and certificates.\nhostname = {hostname}\n\
          # HTTPS: service API, registry, MQTT over WebSocket, streaming endpoint.\nlisten = [\"{listen}\"]\n\
