@@ -273,7 +273,7 @@ fn run(seed: u64) {
     let mut world = World::new(seed);
     let steps = 200 + world.rng.below(2000);
     for _ in 0..steps {
-        world.step(seed % 3 != 0);
+        world.step(!seed.is_multiple_of(3));
     }
     world.settle();
     for side in 0..2 {

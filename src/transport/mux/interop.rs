@@ -109,8 +109,8 @@ async fn bulk_both_ways_with_half_close_in_either_order() {
                 stream_write.write_all(&down).await.unwrap();
                 stream_write.close().await.unwrap();
             },
-            async { drop(channel_read.read_to_end(&mut heard_down).await.unwrap()) },
-            async { drop(stream_read.read_to_end(&mut heard_up).await.unwrap()) },
+            async { assert_eq!(channel_read.read_to_end(&mut heard_down).await.unwrap(), 2_000_001) },
+            async { assert_eq!(stream_read.read_to_end(&mut heard_up).await.unwrap(), 3_000_000) },
         );
         assert!(heard_up == up && heard_down == down, "{role:?} {ours}");
     }

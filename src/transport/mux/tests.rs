@@ -237,7 +237,8 @@ async fn a_stalled_reader_stops_only_its_own_channel() {
     let flow = async {
         let mut heard = vec![0; data.len()];
         let (written, read) = tokio::join!(near.write_all(&data), far.read_exact(&mut heard));
-        (written.unwrap(), read.unwrap());
+        written.unwrap();
+        read.unwrap();
         assert!(heard == data);
     };
     tokio::select! {
