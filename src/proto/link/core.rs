@@ -451,6 +451,11 @@ impl Core {
         self.window.size()
     }
 
+    /// The bound of [`unread_bytes`](Self::unread_bytes).
+    pub fn receive_window(&self) -> usize {
+        self.options.receive_window as usize
+    }
+
     /// Memory held for reading.
     pub fn unread_bytes(&self) -> usize {
         self.inbox.len()

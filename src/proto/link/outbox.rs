@@ -195,12 +195,13 @@ impl Outbox {
 
     /// Keeps the block of a full chunk for later writes, if nobody else looks at it any more.
     fn recycle(&mut self, bytes: Bytes) {
-        if self.spare.len() < MAX_SPARE && bytes.len() > MAX_PAYLOAD / 2 {
-            if let Ok(mut block) = bytes.try_into_mut() {
-                block.clear();
-                if block.capacity() >= MAX_PAYLOAD {
-                    self.spare.push(block);
-                }
+        if self.spare.len() == MAX_SPARE || bytes.len() <= MAX_PAYLOAD / 2 {
+            return;
+        }
+        if let Ok(mut block) = bytes.try_into_mut() {
+            block.clear();
+            if block.capacity() >= MAX_PAYLOAD {
+                self.spare.push(block);
             }
         }
     }
