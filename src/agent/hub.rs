@@ -23,6 +23,7 @@ use crate::{
         carrier::{Carrier, CarrierOptions, Upgrade, UpgradeError},
         dial::{DialError, Dialer, NoProxy, Proxy, ProxyRules, ProxySyntaxError},
         http::{HttpError, HttpRequest, HttpResponse, Url, UrlError, host_header, request_noting},
+        net::tolerate_pauses,
         tls::{ClientCertificate, ClientTls, TlsError, Trust},
     },
 };
@@ -217,6 +218,9 @@ impl HubClient {
     ) -> Result<HubCarrier, CarrierFailure> {
         let url: Url = url.parse()?;
         let io = self.shared.dialer.connect(&url.host, url.port, None).await?;
+        if options.may_pause() {
+            tolerate_pauses(io.get_ref().0);
+        }
         let upgrade = Upgrade {
             host: &url.host_header(),
             path: &url.path,

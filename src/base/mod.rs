@@ -8,6 +8,7 @@ mod backoff;
 mod gate;
 mod id;
 mod secret;
+mod text;
 mod units;
 mod utc;
 
@@ -15,5 +16,6 @@ pub use backoff::Backoff;
 pub use gate::{Gate, Pass};
 pub use id::{DeviceId, IdError, Identity, ModuleId, Name, StreamName};
 pub use secret::Secret;
+pub use text::printable;
 pub use units::{ByteSize, Span, UnitError};
 pub use utc::Utc;

@@ -12,7 +12,10 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::flow::Abort;
-use crate::proto::open::{MAX_VERDICT, Verdict};
+use crate::{
+    base::printable,
+    proto::open::{MAX_VERDICT, Verdict},
+};
 
 /// The device said no. Carried inside an [`io::Error`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +30,7 @@ impl fmt::Display for RefusedByDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text.as_str() {
             "" => write!(f, "the device answered {}", self.verdict.as_str()),
-            text => write!(f, "the device answered {}: {}", self.verdict.as_str(), text.escape_debug()),
+            text => write!(f, "the device answered {}: {}", self.verdict.as_str(), printable(text)),
         }
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     agent::{HubClient, PlainStream, control_socket::Reply},
     base::{Gate, Identity, Name, Pass, StreamName},
     config::{ForwardMode, ForwardRule, ServiceLimits},
-    forward::{Abort, Connector, OpenFailure, Opened, Reason, Verdicted},
+    forward::{Abort, Connector, OpenFailure, Opened, Reason, RefusedByDevice, Verdicted},
     proto::open::OpenRequest,
     transport::{carrier::CarrierOptions, mux::Channel},
 };
@@ -88,22 +88,24 @@ impl ServiceConnector {
         let tunnel = self.tunnels.to(device);
         let mut header = BytesMut::new();
         OpenRequest::Target(target.clone()).encode(&mut header);
+        let unavailable = |why: &str| OpenFailure {
+            reason: Reason::Unavailable,
+            detail: format!("no device stream to {device}: {why}"),
+        };
         let open = async {
             loop {
+                let mux = tunnel.mux().await.map_err(|why| unavailable(&why))?;
                 // A mux that ended in this moment is replaced; the wait for that is bounded by the deadline.
-                let Ok(mut channel) = tunnel.mux().await.open().await else {
+                let Ok(mut channel) = mux.open().await else {
                     tokio::task::yield_now().await;
                     continue;
                 };
                 if channel.write_all(&header).await.is_ok() && channel.flush().await.is_ok() {
-                    return Verdicted::new(channel);
+                    return Ok(Verdicted::new(channel));
                 }
             }
         };
-        timeout_at(deadline, open).await.map_err(|_| OpenFailure {
-            reason: Reason::Unavailable,
-            detail: format!("no device stream to {device} in time: {}", tunnel.why()),
-        })
+        timeout_at(deadline, open).await.unwrap_or_else(|_| Err(unavailable(&tunnel.why())))
     }
 
     async fn open_plain(&self, rule: &ForwardRule) -> Result<PlainStream, OpenFailure> {
@@ -137,7 +139,11 @@ impl ServiceConnector {
         let verdict = timeout_at(deadline, channel.verdict()).await;
         match verdict {
             Ok(Ok(())) => Ok(Held { far: channel, _passes: passes }),
-            Ok(Err(error)) => Err(OpenFailure { reason: Reason::PeerReset, detail: error.to_string() }),
+            Ok(Err(error)) => {
+                let refused = error.get_ref().and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
+                let reason = refused.map_or(Reason::PeerReset, |refused| Reason::Refused(refused.verdict));
+                Err(OpenFailure { reason, detail: error.to_string() })
+            }
             Err(_) => {
                 let detail = format!("no verdict from {device} within {} s", CONNECT_LIMIT.as_secs());
                 Err(OpenFailure { reason: Reason::Unavailable, detail })

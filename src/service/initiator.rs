@@ -12,7 +12,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 
 use crate::{
     agent::{CarrierFailure, Failure, HubCarrier, HubClient, skew_hint},
-    base::{Identity, Secret, StreamName},
+    base::{Identity, Secret, StreamName, printable},
     proto::streams::{
         ACCEPTED_HEADER, CONNECT_TIMEOUT_HEADER, REASON_HEADER, RESPONSE_TIMEOUT_HEADER, TOKEN_HEADER, URL_HEADER,
     },
@@ -115,6 +115,11 @@ pub enum InitiateError {
 }
 
 impl InitiateError {
+    /// True if the hub or the device said no: waiting will not help the connection that asks now.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Rejected { .. } | Self::Unknown { .. } | Self::Unauthorized { .. })
+    }
+
     /// What it means for the next attempt.
     pub fn failure(&self) -> Failure {
         match self {
@@ -160,7 +165,7 @@ pub(super) async fn initiate(
         return Err(refusal(hub, device, patience, &response));
     }
     if response.header(ACCEPTED_HEADER) != Some("True") {
-        let reason = response.header(REASON_HEADER).map(printable).unwrap_or_default();
+        let reason = response.header(REASON_HEADER).map(decoded).unwrap_or_default();
         return Err(InitiateError::Rejected { device: device.clone(), reason });
     }
     let (url, ticket) = (response.header(URL_HEADER), response.header(TOKEN_HEADER));
@@ -207,16 +212,16 @@ fn error_of(body: &[u8]) -> (u64, String) {
     let parsed = || {
         let outer: serde_json::Value = serde_json::from_slice(body).ok()?;
         let inner: serde_json::Value = serde_json::from_str(outer.get("Message")?.as_str()?).ok()?;
-        Some((inner.get("errorCode")?.as_u64()?, printable(inner.get("message")?.as_str()?)))
+        Some((inner.get("errorCode")?.as_u64()?, printable(inner.get("message")?.as_str()?).into_owned()))
     };
     parsed().unwrap_or_else(|| {
         let text = String::from_utf8_lossy(&body[..body.len().min(200)]);
-        (0, text.escape_debug().to_string())
+        (0, printable(&text).into_owned())
     })
 }
 
-fn printable(text: &str) -> String {
-    percent_decode_str(text).decode_utf8_lossy().escape_debug().to_string()
+fn decoded(text: &str) -> String {
+    printable(&percent_decode_str(text).decode_utf8_lossy()).into_owned()
 }
 
 fn detail(text: &str) -> String {

@@ -6,7 +6,7 @@
 use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -34,6 +34,8 @@ use crate::{
 const AWAIT_DEVICE: Duration = Duration::from_secs(240);
 /// A device that is online answers at once; the documented default.
 const AWAIT_ANSWER: Duration = Duration::from_secs(30);
+/// Between attempts while connections come in for a tunnel that is not there.
+const NUDGED_PAUSE: Duration = Duration::from_secs(1);
 /// How long a tunnel that was told to stop has to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -70,6 +72,9 @@ pub(crate) enum TunnelState {
         why: Arc<str>,
         /// Since when it is not there.
         since: Instant,
+        /// Attempts so far, and whether somebody said no to the last one.
+        attempts: u64,
+        refused: bool,
     },
     /// There. Its link may be detached for the moment; channels can be opened all the same.
     Up {
@@ -89,6 +94,8 @@ pub(crate) enum TunnelState {
 pub(crate) struct Tunnel {
     state: watch::Receiver<TunnelState>,
     wanted: Arc<watch::Sender<bool>>,
+    /// Wakes a keeper that waits for its next attempt: a connection is there now.
+    nudge: Arc<Notify>,
 }
 
 impl Tunnel {
@@ -101,8 +108,18 @@ impl Tunnel {
         let (publish, state) = watch::channel(TunnelState::Idle);
         let wanted = Arc::new(watch::Sender::new(false));
         let span = info_span!("tunnel", %device);
-        let keeper = Keeper { device, deps, publish, wanted: wanted.subscribe(), retry: Retry::default(), stop };
-        (Self { state, wanted }, keeper.run().instrument(span))
+        let nudge = Arc::new(Notify::new());
+        let keeper = Keeper {
+            device,
+            deps,
+            publish,
+            wanted: wanted.subscribe(),
+            nudge: nudge.clone(),
+            retry: Retry::default(),
+            attempts: 0,
+            stop,
+        };
+        (Self { state, wanted, nudge }, keeper.run().instrument(span))
     }
 
     /// Says that the tunnel is to be there from now on.
@@ -115,15 +132,22 @@ impl Tunnel {
         self.state.borrow().clone()
     }
 
-    /// Waits until the tunnel is up, and opens nothing. Ends only by success; bound it.
-    pub(super) async fn mux(&self) -> Mux {
+    /// Waits until the tunnel is up. Fails only if an attempt made since then was refused; bound the wait.
+    pub(super) async fn mux(&self) -> Result<Mux, Arc<str>> {
         self.want();
         let mut state = self.state.clone();
+        let mut before = None;
         loop {
-            if let TunnelState::Up { mux, .. } = &*state.borrow_and_update()
-                && !mux.is_closed()
-            {
-                return mux.clone();
+            match &*state.borrow_and_update() {
+                TunnelState::Up { mux, .. } if !mux.is_closed() => return Ok(mux.clone()),
+                TunnelState::Waiting { attempts, refused, why, .. } => {
+                    let before = *before.get_or_insert(*attempts);
+                    if *refused && *attempts > before {
+                        return Err(why.clone());
+                    }
+                    self.nudge.notify_one();
+                }
+                TunnelState::Up { .. } | TunnelState::Idle => before = Some(before.unwrap_or(0)),
             }
             if state.changed().await.is_err() {
                 // The keeper has stopped, and with it the service.
@@ -149,7 +173,9 @@ struct Keeper {
     deps: TunnelDeps,
     publish: watch::Sender<TunnelState>,
     wanted: watch::Receiver<bool>,
+    nudge: Arc<Notify>,
     retry: Retry,
+    attempts: u64,
     stop: CancellationToken,
 }
 
@@ -163,6 +189,13 @@ pub(super) enum AttemptError {
 }
 
 impl AttemptError {
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Initiate(error) => error.is_refusal(),
+            Self::Hello(error) => matches!(error, HelloError::WrongMagic | HelloError::Refused(_) | HelloError::Version(_)),
+        }
+    }
+
     pub(super) fn failure(&self) -> Failure {
         match self {
             Self::Initiate(error) => error.failure(),
@@ -179,7 +212,7 @@ impl Keeper {
             return;
         }
         let mut since = Instant::now();
-        self.waiting("opening the device stream", since);
+        self.waiting("opening the device stream", since, false);
         while !stop.is_cancelled() {
             match stop.run_until_cancelled(self.attempt()).await {
                 None => return,
@@ -188,31 +221,39 @@ impl Keeper {
                     let why = self.serve(session, monitor).await;
                     self.retry.lived(begun.elapsed());
                     since = Instant::now();
-                    self.waiting(&why, since);
+                    self.waiting(&why, since, false);
                 }
                 Some(Err(error)) => {
                     let why = error.to_string();
                     let next = self.retry.after(error.failure(), false);
                     warn!(device = %self.device, retry_seconds = next.delay.as_secs_f64(), "no device stream: {why}");
                     self.deps.metrics.attempt_failed(&self.device);
-                    self.waiting(&why, since);
+                    self.attempts += 1;
+                    self.waiting(&why, since, error.is_refusal());
                     self.pause(next.delay).await;
                 }
             }
         }
     }
 
-    fn waiting(&self, why: &str, since: Instant) {
-        self.publish.send_replace(TunnelState::Waiting { why: why.into(), since });
+    fn waiting(&self, why: &str, since: Instant, refused: bool) {
+        let attempts = self.attempts;
+        self.publish.send_replace(TunnelState::Waiting { why: why.into(), since, attempts, refused });
     }
 
-    /// Waits, unless the network changes, the hub's configuration changes, or we stop.
+    /// Waits, unless the network changes, the hub's configuration changes, or we stop; and not for long if a
+    /// connection is there.
     async fn pause(&mut self, delay: Duration) {
+        let nudged = async {
+            sleep(delay.min(NUDGED_PAUSE)).await;
+            self.nudge.notified().await;
+        };
         let mut hub = self.deps.hub.clone();
         hub.mark_unchanged();
         tokio::select! {
             () = self.stop.cancelled() => {}
             () = sleep(delay) => {}
+            () = nudged => {}
             () = self.deps.network.changed() => {}
             Ok(()) = hub.changed() => {}
         }

@@ -98,7 +98,7 @@ fn status(device: &Identity, tunnel: &Tunnel) -> serde_json::Value {
     let device = device.to_string();
     match tunnel.state() {
         TunnelState::Idle => json!({ "device": device, "state": "idle" }),
-        TunnelState::Waiting { why, since } => {
+        TunnelState::Waiting { why, since, .. } => {
             json!({ "device": device, "state": "waiting", "why": *why, "seconds": since.elapsed().as_secs() })
         }
         TunnelState::Up { mux, link, monitor, since } => json!({

@@ -79,6 +79,11 @@ impl CarrierOptions {
     /// A control session, as the hub sees it.
     pub const HUB_CONTROL: Self = Self { liveness: None, read_buffer: 4 * 1024 };
 
+    /// True if the far reader may pause for as long as it likes: a plain stream's application.
+    pub fn may_pause(&self) -> bool {
+        self.liveness.is_some_and(|liveness| matches!(liveness.silence, Silence::ProvesWhenSettled))
+    }
+
     fn websocket(&self) -> WebSocketConfig {
         WebSocketConfig::default()
             .read_buffer_size(self.read_buffer)

@@ -95,6 +95,13 @@ pub fn tune_carrier(socket: &TcpStream) {
     }
 }
 
+/// Takes back what would end a plain carrier whose far reader pauses: Linux counts probes of a closed window against
+/// the user timeout, and a reader may pause for ever. Pings judge such a carrier (`CarrierOptions::PLAIN`).
+pub fn tolerate_pauses(socket: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    let _ = SockRef::from(socket).set_tcp_user_timeout(None);
+}
+
 /// Sets the options of a socket between an application and a daemon.
 pub fn tune_flow(socket: &TcpStream) {
     let options = SockRef::from(socket);
