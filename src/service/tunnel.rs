@@ -192,7 +192,9 @@ impl AttemptError {
     fn is_refusal(&self) -> bool {
         match self {
             Self::Initiate(error) => error.is_refusal(),
-            Self::Hello(error) => matches!(error, HelloError::WrongMagic | HelloError::Refused(_) | HelloError::Version(_)),
+            Self::Hello(error) => {
+                matches!(error, HelloError::WrongMagic | HelloError::Refused(_) | HelloError::Version(_))
+            }
         }
     }
 
