@@ -66,6 +66,7 @@ impl CarrierFailure {
     pub fn failure(&self) -> Failure {
         match self {
             Self::Dial(error) if error.is_path_failure() => Failure::Path,
+            Self::Dial(error) if error.is_refused() => Failure::Refused,
             Self::Upgrade(error) if error.is_path_failure() => Failure::Path,
             Self::Upgrade(error) => Failure::Answered(error.retry_after()),
             Self::Dial(_) | Self::Url(_) => Failure::Answered(None),

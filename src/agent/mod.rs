@@ -24,6 +24,8 @@ pub use session::{MuxSession, follow_link_settings, receive_window};
 pub enum Failure {
     /// The path failed: no answer, or the connection broke. Trying again soon may succeed.
     Path,
+    /// Nothing listens at the hub's address: it is down, or restarting.
+    Refused,
     /// The hub answered, and said no. It may name the seconds to stay away.
     Answered(Option<std::time::Duration>),
 }

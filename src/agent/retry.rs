@@ -15,6 +15,11 @@ const BASE: Duration = Duration::from_secs(1);
 const CEILING: Duration = Duration::from_secs(60);
 /// Between attempts on a failing path while flows wait (issue 4): short, because a person is waiting.
 const PATH_RETRY: Duration = Duration::from_millis(1500);
+/// The longest delay while connections wait and nothing listens at the hub's address, as while it restarts: a person
+/// is waiting. Such an attempt costs the hub's host one refused SYN; only daemons with open connections make it.
+const REFUSED_CEILING: Duration = Duration::from_secs(2);
+/// So many of these, about half a minute; a hub that is down for longer is left alone like any other.
+const REFUSED_ATTEMPTS: u32 = 30;
 /// A session that lived this long was healthy: the schedule begins again.
 const HEALTHY: Duration = Duration::from_secs(30);
 
@@ -42,7 +47,10 @@ impl Retry {
     pub fn after(&mut self, failure: Failure, is_urgent: bool) -> Next {
         let delay = match failure {
             Failure::Path if is_urgent => PATH_RETRY,
-            Failure::Path | Failure::Answered(None) => self.backoff.next_delay(random_u64()),
+            Failure::Refused if is_urgent && self.backoff.attempts() < REFUSED_ATTEMPTS => {
+                self.backoff.next_delay(random_u64()).min(jittered(REFUSED_CEILING))
+            }
+            Failure::Path | Failure::Refused | Failure::Answered(None) => self.backoff.next_delay(random_u64()),
             Failure::Answered(Some(at_least)) => {
                 at_least.min(CEILING) + self.backoff.next_delay(random_u64()).min(at_least.max(BASE))
             }
@@ -58,6 +66,11 @@ impl Retry {
     }
 }
 
+/// A uniform time up to `ceiling`.
+fn jittered(ceiling: Duration) -> Duration {
+    Backoff::new(ceiling, ceiling).next_delay(random_u64())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +84,16 @@ mod tests {
             assert!((asked..=2 * asked).contains(&next.delay), "{next:?}");
         }
         assert_eq!(retry.after(Failure::Path, true).delay, PATH_RETRY);
+    }
+
+    #[test]
+    fn a_hub_that_restarts_under_live_connections_is_tried_again_within_two_seconds() {
+        let mut retry = Retry::default();
+        for _ in 0..REFUSED_ATTEMPTS {
+            assert!(retry.after(Failure::Refused, true).delay <= REFUSED_CEILING);
+        }
+        let after_that: Vec<_> = (0..50).map(|_| retry.after(Failure::Refused, true).delay).collect();
+        assert!(after_that.iter().any(|delay| *delay > REFUSED_CEILING));
     }
 
     #[test]

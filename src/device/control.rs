@@ -33,6 +33,8 @@ const RENEW_AFTER: Duration = Duration::from_secs(TOKEN_LIFETIME * 4 / 5);
 const MAX_ATTEMPTS: usize = 4;
 /// Between attempts while device streams wait for the control session to be asked through.
 const SUSPECT_RETRY: Duration = Duration::from_millis(1500);
+/// An attempt that takes longer has failed or will: 10 s to connect, 10 s for TLS, 10 s for the upgrade, and some.
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(35);
 /// The first attempt after a loss under live connections begins within this time, in microseconds.
 const URGENT_SPREAD_MICROS: u64 = 200_000;
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
@@ -186,8 +188,10 @@ impl Keeper {
     }
 
     fn begin(&mut self) {
-        // Others begin beside it only while the path swallows packets.
-        self.next = Some(Instant::now() + SUSPECT_RETRY);
+        // Others begin beside it while connections wait, because the path may swallow packets. Without connections one
+        // attempt at a time must do: a hub that is slow because a fleet comes back must not be asked fourfold.
+        let beside = if (self.deps.is_urgent)() { SUSPECT_RETRY } else { ATTEMPT_LIMIT };
+        self.next = Some(Instant::now() + beside);
         let hub = self.deps.hub.borrow_and_update().clone();
         self.attempts.push(Box::pin(async move {
             let opened = ControlSession::open(&hub).await;
@@ -226,7 +230,7 @@ impl Keeper {
             // A person is waiting: at once, but not a whole fleet in the same instant.
             Failure::Path if (self.deps.is_urgent)() => Duration::from_micros(random_u64() % URGENT_SPREAD_MICROS),
             Failure::Path => self.retry.after(Failure::Answered(None), false).delay,
-            answered @ Failure::Answered(_) => self.retry.after(answered, false).delay,
+            other @ (Failure::Refused | Failure::Answered(_)) => self.retry.after(other, false).delay,
         };
         self.next = Some(Instant::now() + delay);
         warn!(retry_seconds = delay.as_secs_f64(), "the control session with the hub ended: {error}");

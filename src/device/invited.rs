@@ -89,7 +89,7 @@ pub(super) async fn handle_requests(legs: Legs, mut requests: mpsc::Receiver<Str
         if repeat(&legs, &answered, &request).await {
             continue;
         }
-        let span = info_span!("stream", name = %request.stream, policy = request.policy.as_ref().map(Name::as_str));
+        let span = info_span!("request", stream = %request.stream, policy = request.policy.as_ref().map(Name::as_str));
         let (legs, answered, stop) = (legs.clone(), answered.clone(), stop.clone());
         tasks.spawn(serve(legs, request, answered, stop).instrument(span));
     }

@@ -124,6 +124,7 @@ impl InitiateError {
     pub fn failure(&self) -> Failure {
         match self {
             Self::Hub(error) if error.is_path_failure() => Failure::Path,
+            Self::Hub(error) if error.is_refused() => Failure::Refused,
             Self::Leg(error) => error.failure(),
             Self::Busy { retry_after, .. } => Failure::Answered(*retry_after),
             // The hub has waited for the device already: ask again at once, and it goes on waiting.

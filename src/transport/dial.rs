@@ -75,6 +75,11 @@ impl DialError {
             Self::TlsTimeout { .. } => true,
         }
     }
+
+    /// True if nothing listens at the address: the hub is down, or restarting.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Connect(error) if error.is_refused())
+    }
 }
 
 /// Dials hubs. Cheap to clone.

@@ -179,6 +179,11 @@ pub enum HttpError {
 }
 
 impl HttpError {
+    /// True if nothing listens at the server's address.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Dial { source, .. } if source.is_refused())
+    }
+
     /// True if the path failed: another attempt soon may succeed.
     pub fn is_path_failure(&self) -> bool {
         match self {

@@ -49,6 +49,10 @@ impl CarrierError {
 pub(super) fn carrier_error(error: tungstenite::Error) -> CarrierError {
     use tungstenite::Error;
     match error {
+        // rustls' words for this one are a paragraph with a link.
+        Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            CarrierError::Lost("the other end went away without a word".into())
+        }
         Error::Io(error) => CarrierError::Lost(error.to_string()),
         Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) | Error::ConnectionClosed => {
             CarrierError::Lost("ended without a Close".into())
