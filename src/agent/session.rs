@@ -46,6 +46,8 @@ impl MuxSession {
         let options = MuxOptions {
             max_channels: limits.max_channels.min(peer.max_channels).max(1),
             max_buffered: limits.max_buffered,
+            // What all channels together may hold is the bound that counts; the core shares it out.
+            max_window: u32::try_from(limits.max_buffered).unwrap_or(u32::MAX),
             ..MuxOptions::new(role)
         };
         let (mux, incoming, driver) = mux::start(io, options);

@@ -86,6 +86,11 @@ impl Environment {
         LinkLimits::for_memory(self.memory)
     }
 
+    /// The same for a service.
+    pub(super) fn service_link_limits(&self) -> LinkLimits {
+        LinkLimits::for_service(self.memory)
+    }
+
     /// The credential that stands in for a file.
     pub(super) fn credential(&self, named: &Path) -> Option<PathBuf> {
         Some(self.credentials.as_ref()?.join(named.file_name()?))

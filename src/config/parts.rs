@@ -175,6 +175,9 @@ impl Default for LinkLimits {
     }
 }
 
+/// Received bytes that wait in the mux of a service: 256 downloads that a person has paused hold 256 KiB each, and one
+/// download over 300 ms at 1 Gbit/s needs 38 MiB on the way. Services run where there is memory.
+const SERVICE_BUFFERED: usize = 64 << 20;
 /// Below this much memory a machine is small (issue 4: routers, gateways, containers).
 const SMALL_MACHINE: u64 = 256 << 20;
 
@@ -187,6 +190,14 @@ impl LinkLimits {
                 Self { max_replay: 4 << 20, max_replay_total: 16 << 20, ..Self::default() }
             }
             _ => Self::default(),
+        }
+    }
+
+    /// The same for a service, which receives what many devices send.
+    pub fn for_service(bytes: Option<u64>) -> Self {
+        match bytes {
+            Some(bytes) if bytes < SMALL_MACHINE => Self::for_memory(Some(bytes)),
+            _ => Self { max_buffered: SERVICE_BUFFERED, ..Self::default() },
         }
     }
 }

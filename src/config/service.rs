@@ -148,6 +148,6 @@ pub struct ServiceLimits {
 impl Default for ServiceLimits {
     /// 4096 to one device are one full device stream; 16,384 in all are four of them.
     fn default() -> Self {
-        Self { max_connections: 16_384, max_connections_per_device: 4096, link: LinkLimits::default() }
+        Self { max_connections: 16_384, max_connections_per_device: 4096, link: LinkLimits::for_service(None) }
     }
 }

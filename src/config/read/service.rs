@@ -124,7 +124,7 @@ fn warn_if_public(section: &Section<'_>, listen: &ListenAddress) {
 
 fn limits(root: &Section<'_>) -> ServiceLimits {
     let section = root.section("limits");
-    let link = root.sources.environment().link_limits();
+    let link = root.sources.environment().service_link_limits();
     let mut limits = ServiceLimits { link, ..ServiceLimits::default() };
     section.set_count("max_connections", &mut limits.max_connections);
     section.set_count("max_connections_per_device", &mut limits.max_connections_per_device);
