@@ -1,0 +1,12 @@
+//! culvert as its users meet it: the built binary as separate processes, and real programs around it.
+//!
+//! Each module tells the stories of one topic; `support` starts the processes and waits for what they do. The programs
+//! are Debian packages, which `tests/run` installs. A story never sleeps to let something happen: it waits for what
+//! it needs, up to a deadline.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+#![allow(unreachable_pub, reason = "a test has no outside; `pub` means: for the stories")]
+
+mod support;
+
+mod tunnel;
