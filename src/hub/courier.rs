@@ -25,6 +25,10 @@ use crate::base::{Identity, Name, Secret, StreamName};
 /// being invited after this many; 16 is the in-flight limit of a device (threats, row 13).
 pub const INBOX: usize = 16;
 
+/// Devices renew their session before their token of an hour ends, the SDKs after 48 minutes; a session that is
+/// replaced sooner was replaced by something else: a network that changed, or a second machine.
+const RENEWAL: Duration = Duration::from_secs(10 * 60);
+
 /// A stream request on its way to a device.
 #[derive(Debug, Clone)]
 pub struct Invitation {
@@ -96,6 +100,7 @@ struct Slot {
 struct Session {
     number: u64,
     peer: SocketAddr,
+    attached: Instant,
     inbox: mpsc::Sender<ToDevice>,
     subscribed: bool,
     taken_over: CancellationToken,
@@ -127,12 +132,13 @@ impl Courier {
         slot.next_session += 1;
         let number = slot.next_session;
         let taken_over = CancellationToken::new();
-        let session = Session { number, peer, inbox, subscribed: false, taken_over: taken_over.clone() };
+        let session = Session { number, peer, attached: Instant::now(), inbox, subscribed: false, taken_over: taken_over.clone() };
         if let Some(older) = slot.session.replace(session) {
             older.taken_over.cancel();
-            if older.peer.ip() != peer.ip() {
+            let is_suspicious = older.peer.ip() != peer.ip() || older.attached.elapsed() < RENEWAL;
+            if is_suspicious {
                 tracing::warn!(device = %identity, older = %older.peer, newer = %peer,
-                    "control session taken over from another address: do two machines share one identity?");
+                    "control session taken over by a newer one: if this repeats, two machines share one identity");
             }
         }
         let (identity, admission) = (identity.clone(), admission.clone());

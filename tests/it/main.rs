@@ -9,4 +9,6 @@
 
 mod support;
 
+mod leaks;
+mod messages;
 mod tunnel;

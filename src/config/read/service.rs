@@ -86,6 +86,9 @@ fn forward(section: Section<'_>) -> Option<(ForwardRule, Location)> {
     let device = section.required("device");
     let module = section.optional("module");
     let target: Option<Name> = section.required("target");
+    if target.as_ref().is_some_and(|target| target.as_str().starts_with(RESERVED)) {
+        section.problem("target", format!("no device has targets that begin with {RESERVED}"));
+    }
     let mode = section.optional("mode").unwrap_or_default();
     let connect = section.optional("connect").unwrap_or_default();
     let plain_eof = section.optional("plain_eof").unwrap_or_default();
