@@ -132,7 +132,14 @@ impl Courier {
         slot.next_session += 1;
         let number = slot.next_session;
         let taken_over = CancellationToken::new();
-        let session = Session { number, peer, attached: Instant::now(), inbox, subscribed: false, taken_over: taken_over.clone() };
+        let session = Session {
+            number,
+            peer,
+            attached: Instant::now(),
+            inbox,
+            subscribed: false,
+            taken_over: taken_over.clone(),
+        };
         if let Some(older) = slot.session.replace(session) {
             older.taken_over.cancel();
             let is_suspicious = older.peer.ip() != peer.ip() || older.attached.elapsed() < RENEWAL;

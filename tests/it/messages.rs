@@ -14,8 +14,9 @@ use culvert::{
 };
 
 use crate::support::{
-    Daemon, Forward, Scratch, Target, World, connect,
+    Daemon, Forward, Scratch, Target, World,
     client::read_to_end,
+    connect,
     daemon::culvert,
     process::{output, run},
     targets,
@@ -95,7 +96,9 @@ fn a_wrong_key_is_named_where_people_look() {
 
     let owner = fs::read_to_string(hub.scratch().join("hub/owner.connection")).unwrap();
     let wrong = hub.scratch().write_secret("wrong.connection", with_wrong_key(&owner));
-    let listed = output(culvert().args(["registry", "list", "--connection-string-file"]).arg(wrong).arg("--ca-file").arg(hub.ca()));
+    let listed = output(
+        culvert().args(["registry", "list", "--connection-string-file"]).arg(wrong).arg("--ca-file").arg(hub.ca()),
+    );
     assert_eq!(listed.status.code(), Some(69), "{}", said(&listed));
     assert!(said(&listed).contains("nauthorized"), "{}", said(&listed));
 }
@@ -162,7 +165,12 @@ fn a_ticket_is_good_once() {
                 .args(["--silent", "--http1.1", "--include", "--no-buffer", "--max-time", "2", "--cacert"])
                 .arg(world.hub.ca())
                 .args(["--header", "Connection: Upgrade", "--header", "Upgrade: websocket"])
-                .args(["--header", "Sec-WebSocket-Version: 13", "--header", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="])
+                .args([
+                    "--header",
+                    "Sec-WebSocket-Version: 13",
+                    "--header",
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                ])
                 .args(["--header", &bearer, &url]),
         );
         said(&answer)
@@ -256,8 +264,11 @@ fn a_wrong_clock_is_named() {
 fn a_certificate_that_is_not_trusted_is_explained() {
     let (hub, other) = (hub_alone(), hub_alone());
     let service = hub.service_files("service", "", &[]);
-    fs::write(&service, fs::read_to_string(&service).unwrap().replace(hub.ca().to_str().unwrap(), other.ca().to_str().unwrap()))
-        .unwrap();
+    fs::write(
+        &service,
+        fs::read_to_string(&service).unwrap().replace(hub.ca().to_str().unwrap(), other.ca().to_str().unwrap()),
+    )
+    .unwrap();
     let service = Daemon::start("service", &service);
     let ready = crate::support::eventually("the service to explain", || {
         Some(service.page("/readyz")).filter(|page| page.body.contains("ca_file") || page.body.contains("issuer"))
