@@ -9,6 +9,4 @@
 
 mod support;
 
-mod leaks;
-mod messages;
 mod tunnel;
