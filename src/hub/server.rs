@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use http::{Method, Request, StatusCode, header};
+use http::{HeaderValue, Method, Request, StatusCode, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
@@ -148,8 +148,8 @@ async fn judge(
     mut request: Request<Incoming>,
 ) -> Answer {
     let config = connection.hub.config();
-    let origins = request.headers().get_all(header::ORIGIN);
-    if origins.iter().any(|origin| !config.allowed_origins.iter().any(|allowed| origin == allowed)) {
+    let allowed = |origin| is_own(&connection.hub, origin) || config.allowed_origins.iter().any(|one| origin == one);
+    if !request.headers().get_all(header::ORIGIN).iter().all(allowed) {
         return answer::refusal(StatusCode::FORBIDDEN, "This Origin is not allowed.\n");
     }
     match found {
@@ -169,6 +169,14 @@ async fn judge(
             done.unwrap_or_else(|error| answer::error(&error))
         }
     }
+}
+
+/// The hub's own address, which MQTT libraries name as their Origin (paho does). No page of a browser has it: the hub
+/// serves none.
+fn is_own(hub: &HubShared, origin: &HeaderValue) -> bool {
+    let own = hub.endpoint().to_string();
+    let short = own.strip_suffix(":443").unwrap_or(&own);
+    [own.as_str(), short].iter().any(|own| origin.as_bytes().eq_ignore_ascii_case(own.as_bytes()))
 }
 
 fn refused(connection: &Connection, request: &Request<Incoming>, error: &ApiError) -> Answer {
