@@ -7,6 +7,7 @@
 
 mod filters;
 mod login;
+mod sessions;
 #[cfg(test)]
 pub(in crate::hub) mod testing;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use crate::proto::{
 };
 
 pub use login::fuzz_login;
+pub(in crate::hub) use sessions::Sessions;
 
 /// CONNECT must have arrived within this time (threats.md, row 13).
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -212,9 +214,14 @@ where
 {
     let (sender, mut inbox) = mpsc::channel(INBOX);
     let attachment = hub.courier.attach(&login.identity, &login.admission, peer.addr, sender);
-    let mut session = Session { hub, login, attachment: &attachment, filters: Filters::default(), twin_version: 1 };
+    let known = hub.sessions.resume(&login.identity, login.clean_session);
+    let filters = known.unwrap_or_default();
+    let mut session = Session { hub, login, attachment: &attachment, filters, twin_version: 1 };
     wire.admit(login.silence_limit().min(MAX_SILENCE));
-    wire.send(&Packet::ConnAck { session_present: false, code: ConnectCode::Accepted });
+    wire.send(&Packet::ConnAck { session_present: known.is_some(), code: ConnectCode::Accepted });
+    if filters.stream_requests() {
+        attachment.subscribed();
+    }
     let mut revoked = std::pin::pin!(hub.revoked(&login.identity, &login.admission));
     loop {
         let event = tokio::select! {
@@ -227,6 +234,9 @@ where
             packet = wire.packet() => packet.map_or_else(|error| Event::End(error.into()), Event::Packet),
         };
         if let Err(end) = session.apply(event, wire) {
+            if matches!(end, End::Revoked) {
+                hub.sessions.forget(&login.identity);
+            }
             return end;
         }
     }
@@ -327,6 +337,7 @@ impl Session<'_> {
         let id = subscribe.id;
         let asked = subscribe.filters.iter();
         let granted = asked.map(|(filter, qos)| self.filters.add(filter, *qos, &self.login.identity)).collect();
+        self.keep();
         wire.send(&Packet::SubAck { id, granted });
         // After SUBACK, so that the first request is not ahead of it.
         if self.filters.stream_requests() {
@@ -336,10 +347,17 @@ impl Session<'_> {
 
     fn unsubscribe<IO>(&mut self, id: PacketId, filters: &[String], wire: &mut Wire<'_, IO>) {
         filters.iter().for_each(|filter| self.filters.remove(filter));
+        self.keep();
         if !self.filters.stream_requests() {
             self.attachment.unsubscribed();
         }
         wire.send(&Packet::UnsubAck(id));
+    }
+
+    fn keep(&self) {
+        if !self.login.clean_session {
+            self.hub.sessions.keep(&self.login.identity, self.filters);
+        }
     }
 }
 

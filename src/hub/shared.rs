@@ -15,6 +15,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     bridge::Bridges,
+    control::Sessions,
     courier::Courier,
     limits::Newcomers,
     metrics::HubMetrics,
@@ -47,6 +48,7 @@ pub struct HubShared {
     /// Who may still be counted as a stranger.
     pub newcomers: Newcomers,
     pub(in crate::hub) bridges: Bridges,
+    pub(in crate::hub) sessions: Sessions,
     log: Option<ResourceLog>,
     tasks: TaskTracker,
     config: watch::Sender<Arc<HubConfig>>,
@@ -58,7 +60,18 @@ impl HubShared {
         let bridges = Bridges::new(metrics.clone(), config.limits.write_stall_timeout);
         let config = watch::Sender::new(Arc::new(config));
         let (courier, newcomers) = (Courier::default(), Newcomers::default());
-        Self { registry, courier, metrics, shutdown, newcomers, bridges, log: None, tasks: TaskTracker::new(), config }
+        Self {
+            registry,
+            courier,
+            metrics,
+            shutdown,
+            newcomers,
+            bridges,
+            sessions: Sessions::default(),
+            log: None,
+            tasks: TaskTracker::new(),
+            config,
+        }
     }
 
     /// Where initiations are recorded.

@@ -18,7 +18,7 @@ const TWIN_CHANGES: &str = "$iothub/twin/PATCH/properties/desired/#";
 const METHODS: &str = "$iothub/methods/POST/#";
 
 /// A session's subscriptions: those that the hub ever publishes on.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Filters {
     stream_requests: bool,
     twin_answers: bool,

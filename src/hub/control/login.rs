@@ -44,6 +44,8 @@ pub(super) struct Login {
     pub(super) expires: Option<Instant>,
     /// It is a culvert daemon, which understands our extensions.
     pub(super) is_culvert: bool,
+    /// It wants its subscriptions neither found nor kept.
+    pub(super) clean_session: bool,
     keep_alive: u16,
 }
 
@@ -141,7 +143,8 @@ pub(super) fn log_in(connect: &Connect, peer: &PeerInfo, hub: &HubShared) -> Res
     }
     let is_culvert = is_culvert(query);
     let Proven { admission, expires } = proven;
-    Ok(Login { identity, admission, expires, is_culvert, keep_alive: connect.keep_alive })
+    let (clean_session, keep_alive) = (connect.clean_session, connect.keep_alive);
+    Ok(Login { identity, admission, expires, is_culvert, clean_session, keep_alive })
 }
 
 /// `{hub}/{client ID}/?query`, or the older `{hub}/{client ID}/api-version=...`, or neither: the query, which may be

@@ -394,3 +394,31 @@ async fn a_bulk_import_is_looked_at_once_a_second_and_a_revocation_in_it_takes_e
     let (written, noticed) = tokio::join!(importing, revoked);
     assert!(noticed >= written && noticed <= written + Duration::from_secs(1), "{written:?} {noticed:?}");
 }
+
+#[tokio::test]
+async fn a_session_that_is_not_clean_finds_its_subscriptions_again() {
+    let hub = hub().await;
+    let mut present = Vec::new();
+    for clean in [false, false, true, false] {
+        let Packet::Connect(mut login) = connect("pump", NODE, Some(token("pump", &key(1)))) else { unreachable!() };
+        login.clean_session = clean;
+        let mut device = Dialogue::tcp(&hub, Vec::new()).await;
+        device.send(&Packet::Connect(login)).await;
+        let Some(Packet::ConnAck { session_present, .. }) = device.packet().await else { panic!("no CONNACK") };
+        present.push(session_present);
+        if session_present {
+            let pump = id("pump");
+            let answering = async {
+                requested(&mut device).await;
+                device.publish("$iothub/streams/res/200/?$rid=r1").await;
+            };
+            let (answer, ()) = tokio::join!(hub.courier.invite(&pump, invitation("r1"), MINUTE, MINUTE), answering);
+            assert!(answer.is_ok_and(|answered| answered.answer.accepted), "it is subscribed without having asked");
+        } else {
+            device.subscribe(&STREAMS).await;
+        }
+        device.send(&Packet::Disconnect).await;
+        assert!(matches!(device.end().await, End::Left));
+    }
+    assert_eq!(present, [false, true, false, false], "a clean session forgets what was, and is not kept");
+}
