@@ -122,17 +122,19 @@ fn row(record: &Value, properties: &Value) -> String {
         Value::String(module) if !module.is_empty() => format!("{}/{module}", text(&properties["deviceId"])),
         _ => text(&properties["deviceId"]),
     };
-    let result = match text(&record["resultType"]) {
-        empty if empty.is_empty() => "ok".to_owned(),
-        result => result,
+    // The cloud's `resultType` is empty for a rejection too; `result` and `reason` are keys of ours that tell.
+    let first = |values: [&Value; 2], otherwise: &str| {
+        let mut texts = values.iter().map(|value| text(value)).filter(|text| !text.is_empty());
+        texts.next().unwrap_or_else(|| otherwise.to_owned())
     };
+    let result = first([&properties["result"], &record["resultType"]], "ok");
     columns([
         &text(&record["time"]),
         &device,
         &text(&properties["requestName"]),
         &result,
         &text(&record["durationMs"]),
-        &text(&record["resultDescription"]),
+        &first([&properties["reason"], &record["resultDescription"]], ""),
     ])
 }
 
