@@ -219,6 +219,17 @@ fn split_host(text: &str) -> Result<(String, u16), ConnectionStringError> {
     Ok((host.to_owned(), port))
 }
 
+/// Any bytes as a connection string: it is refused, or its text has the same meaning again. For fuzzers.
+///
+/// # Panics
+/// If the text of a parsed connection string means something else.
+pub fn fuzz_connection_string(data: &[u8]) {
+    let Ok(parsed) = String::from_utf8_lossy(data).parse::<ConnectionString>() else { return };
+    let text = parsed.expose();
+    let again = text.expose_str().and_then(|text| text.parse().ok());
+    assert_eq!(again.as_ref(), Some(&parsed), "what is shown is what was meant");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -95,6 +95,16 @@ fn match_path(pattern: &str, path: &str) -> Option<Vec<String>> {
     given.next().is_none().then_some(gaps)
 }
 
+/// Any bytes as a path: a route whose gaps are filled, or nothing. For fuzzers.
+///
+/// # Panics
+/// If a gap is empty.
+pub fn fuzz_path(data: &[u8]) {
+    if let Some((_, gaps)) = find(&String::from_utf8_lossy(data)) {
+        assert!(gaps.iter().all(|gap| !gap.is_empty()), "a gap holds something");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -205,6 +205,25 @@ fn shorten(text: &str, max: usize) -> &str {
     &text[..text.floor_char_boundary(max)]
 }
 
+/// Any bytes as the topic of either side: what is understood can be said again. For fuzzers.
+///
+/// # Panics
+/// If a request or an answer changes its meaning on the way through its own topic.
+pub fn fuzz_topics(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    if let Ok(request) = StreamRequest::parse(&text) {
+        let again = StreamRequest::parse(&request.to_topic(true)).ok();
+        let meaning = |request: &StreamRequest| (request.stream.clone(), request.url.clone(), request.policy.clone());
+        assert_eq!(again.as_ref().map(meaning), Some(meaning(&request)), "a request");
+        sid_of_url(&request.url);
+    }
+    if let DeviceTopic::Answer(answer) = DeviceTopic::parse(&text) {
+        let topic = answer.to_topic();
+        let DeviceTopic::Answer(again) = DeviceTopic::parse(&topic) else { unreachable!("{topic:?} is an answer") };
+        assert_eq!((again.rid, again.status), (answer.rid, answer.status), "an answer");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

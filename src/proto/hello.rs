@@ -618,5 +618,21 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// Any bytes as a message of the hello. For fuzzers.
+///
+/// # Panics
+/// If a message changes on the way through its own bytes, or an answer without the secret is taken.
+pub fn fuzz_hello(data: &[u8]) {
+    if let Ok(Some(length)) = message_length(data) {
+        assert!(length <= MAX_MESSAGE, "the limit holds before anything is read");
+    }
+    let Ok(message) = Message::decode(data) else { return };
+    assert_eq!(Message::decode(&message.encode()).as_ref(), Ok(&message), "a message can be said again");
+    if let Message::Resume(resume) = message {
+        let offer = ResumeOffer::new(&resume, Secret::new([7; 32]));
+        assert!(offer.answered(data).is_err(), "a question is no answer");
+    }
+}
+
 #[cfg(test)]
 mod tests;

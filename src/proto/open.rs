@@ -185,6 +185,22 @@ fn take(bytes: &[u8]) -> Result<Parts<'_>, OpenError> {
     Ok(Some((code, length, rest.get(..usize::from(length)))))
 }
 
+/// Any bytes as a header and as a verdict, whole and cut. For fuzzers.
+///
+/// # Panics
+/// If a header changes on the way through its own bytes, or a prefix of it is taken for something else.
+pub fn fuzz_open(data: &[u8]) {
+    if let Ok(Some((request, used))) = OpenRequest::decode(data) {
+        let mut bytes = BytesMut::new();
+        request.encode(&mut bytes);
+        assert_eq!(bytes, &data[..used], "a header has one form");
+        assert!(used <= MAX_HEADER && (0..used).all(|cut| OpenRequest::decode(&data[..cut]) == Ok(None)));
+    }
+    if let Ok(Some((_, text, used))) = Verdict::decode(data) {
+        assert!(used <= MAX_VERDICT && text.len() + FIXED == used);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

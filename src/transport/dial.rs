@@ -17,7 +17,7 @@ use super::{
     tls::{ClientTls, HandshakeError},
 };
 
-pub use proxy::{NoProxy, Proxy, ProxyError, ProxyRules, ProxySyntaxError};
+pub use proxy::{NoProxy, Proxy, ProxyError, ProxyRules, ProxySyntaxError, fuzz_proxy_answer};
 
 /// Name resolution and all attempts to connect: three retransmissions of a SYN (1 + 2 + 4 s) fit.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -70,6 +70,7 @@
 
 mod core;
 mod frame;
+mod fuzz;
 mod inbox;
 mod outbox;
 mod pace;
@@ -83,6 +84,7 @@ use std::time::Duration;
 pub use self::{
     core::{AttachError, Core, Event, Options, Positions, Read},
     frame::{Frame, HEAD, Head, Kind, MAX_PAYLOAD, MAX_REASON},
+    fuzz::fuzz_link,
 };
 
 /// What the replay window starts with: the window of an ordinary TCP connection after its first round trips, and two

@@ -199,6 +199,17 @@ async fn read_head<IO: AsyncRead + Unpin>(io: &mut IO) -> Result<String, ProxyEr
     Ok(String::from_utf8_lossy(&head).into_owned())
 }
 
+/// Any bytes as a proxy's answer: it is judged, and nothing that is printed of it drives a terminal. For fuzzers.
+///
+/// # Panics
+/// If control characters get into the error.
+pub fn fuzz_proxy_answer(data: &[u8]) {
+    let proxy = Proxy { host: "proxy".into(), port: 3128, credentials: None };
+    if let Err(error) = proxy.judge(&String::from_utf8_lossy(data), "hub:443".into()) {
+        assert!(!error.to_string().contains(|c: char| c.is_control()), "{error:?}");
+    }
+}
+
 fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(120).collect()
 }
