@@ -7,6 +7,12 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
 #![allow(unreachable_pub, reason = "a test has no outside; `pub` means: for the stories")]
 
+mod programs;
 mod support;
 
+mod desktop;
+mod severed;
+mod ssh;
+mod together;
 mod tunnel;
+mod web;

@@ -64,7 +64,7 @@ fn a_refused_target_is_a_reset_with_a_reason() {
     let world = World::plan().target("gone", targets::nobody()).start();
     assert_eq!(read_to_end(&mut connect(world.forward("gone"))), (Vec::new(), End::Reset));
     world.service.wait_for_line(&["WARN", "forward=gone", "reason=\"refused\""]);
-    world.device.wait_for_line(&["target=gone", "refused"]);
+    world.device.wait_for_line(&["WARN", "target gone at", "refused"]);
     world.service.wait_for_metric("culvert_forward_flows_ended_total", &[("reason", "refused")], |ended| ended == 1.0);
 }
 

@@ -17,6 +17,7 @@ pub use client::{End, connect};
 pub use config::{Forward, Target};
 pub use daemon::Daemon;
 pub use process::{Process, run};
+pub use proxy::Proxy;
 pub use scratch::Scratch;
 pub use wait::{eventually, within};
 pub use world::World;
