@@ -11,6 +11,9 @@ mod programs;
 mod support;
 
 mod desktop;
+mod leaks;
+mod observed;
+mod reload;
 mod severed;
 mod ssh;
 mod together;
