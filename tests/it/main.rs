@@ -11,6 +11,7 @@ mod programs;
 mod support;
 
 mod desktop;
+mod failures;
 mod leaks;
 mod observed;
 mod reload;

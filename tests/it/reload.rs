@@ -244,7 +244,7 @@ fn a_device_takes_up_a_new_key_beside_the_old_one() {
     let said = world.device.said();
     let wrong = good.replace("SharedAccessKey=", "SharedAccessKey=AAAA");
     fs::write(&file, wrong).unwrap();
-    world.device.wait_for_line_after(said, &["WARN", "so the old one stays"]);
+    world.device.wait_for_line_after(said, &["WARN", "so the first stays in use"]);
     greet(&mut held);
     let said = world.hub.daemon.said();
     fs::write(&file, good).unwrap();

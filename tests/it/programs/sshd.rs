@@ -110,15 +110,4 @@ impl Session {
         self.process.type_in(&format!("exit {code}\n"));
         self.process.wait()
     }
-
-    /// True while the client runs.
-    pub fn is_open(&mut self) -> bool {
-        self.process.is_running()
-    }
-
-    /// Waits until the client has ended by itself.
-    #[track_caller]
-    pub fn wait_for_end(&mut self) {
-        eventually("the session to end", || (!self.process.is_running()).then_some(()));
-    }
 }

@@ -1,7 +1,7 @@
 //! A remote desktop: xrdp with a user who can log in, and xfreerdp on a screen of its own.
 
 use std::{
-    fs,
+    fs::{self, File},
     net::TcpStream,
     os::unix::fs::{PermissionsExt as _, chown},
     path::PathBuf,
@@ -74,16 +74,21 @@ impl Drop for User {
 }
 
 /// A running xrdp with its session manager.
+///
+/// There is one at a time on a machine, because its session manager has a fixed port: a story waits for its turn.
 pub struct Xrdp {
     _server: Process,
     _sessions: Process,
     port: u16,
     _scratch: Scratch,
+    _turn: File,
 }
 
 impl Xrdp {
     #[track_caller]
     pub fn start() -> Self {
+        let turn = File::create(std::env::temp_dir().join("culvert-it-xrdp.lock")).unwrap();
+        turn.lock().unwrap();
         assert!(!answers_anywhere(), "an xrdp of this machine runs: stop it for the stories");
         let (scratch, port) = (Scratch::new(), free_port());
         let folder = scratch.path().display().to_string();
@@ -110,7 +115,7 @@ impl Xrdp {
         let server = daemon("/usr/sbin/xrdp", &xrdp);
         eventually("xrdp-sesman to listen", || answers_anywhere().then_some(()));
         eventually("xrdp to listen", || TcpStream::connect(("127.0.0.1", port)).ok());
-        Self { _server: server, _sessions: sessions, port, _scratch: scratch }
+        Self { _server: server, _sessions: sessions, port, _scratch: scratch, _turn: turn }
     }
 
     pub fn address(&self) -> String {

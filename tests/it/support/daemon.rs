@@ -36,7 +36,13 @@ impl Daemon {
     /// Starts the role and waits until it serves its metrics.
     #[track_caller]
     pub fn start(role: &'static str, config: &Path) -> Self {
-        let process = Process::start(name_of(role, config), culvert().arg(role).arg("--config").arg(config));
+        Self::start_with(culvert(), role, config)
+    }
+
+    /// The same by another command, which the role and its file are appended to.
+    #[track_caller]
+    pub fn start_with(mut command: Command, role: &'static str, config: &Path) -> Self {
+        let process = Process::start(name_of(role, config), command.arg(role).arg("--config").arg(config));
         let metrics = metrics_address(&process);
         Self { role, config: config.into(), process, metrics }
     }
@@ -95,10 +101,6 @@ impl Daemon {
     /// How many lines it has said so far.
     pub fn said(&self) -> usize {
         self.process.said()
-    }
-
-    pub fn has_said(&self, words: &[&str]) -> bool {
-        self.process.has_said(words)
     }
 
     /// SIGHUP: read the configuration again.

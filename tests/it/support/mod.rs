@@ -19,5 +19,5 @@ pub use daemon::Daemon;
 pub use process::{Process, run};
 pub use proxy::Proxy;
 pub use scratch::Scratch;
-pub use wait::{eventually, within};
-pub use world::World;
+pub use wait::eventually;
+pub use world::{Hub, World};

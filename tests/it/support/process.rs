@@ -70,19 +70,9 @@ impl Process {
         lines.iter().skip(said).find(fits).cloned()
     }
 
-    /// True if a line contains all of `words`.
-    pub fn has_said(&self, words: &[&str]) -> bool {
-        self.find_line(0, words).is_some()
-    }
-
     /// Types into it.
     pub fn type_in(&mut self, text: &str) {
         self.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
-    }
-
-    /// The end of its standard input.
-    pub fn close_stdin(&mut self) {
-        self.stdin = None;
     }
 
     /// Sends a signal, such as `HUP`.

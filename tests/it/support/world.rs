@@ -18,7 +18,6 @@ pub const DEVICE: &str = "pump-17";
 pub struct Plan {
     targets: Vec<Target>,
     forwards: Vec<Forward>,
-    hub_settings: String,
     device_settings: String,
     service_settings: String,
 }
@@ -43,12 +42,6 @@ impl Plan {
         self
     }
 
-    /// More top-level lines of hub.toml, and tables.
-    pub fn hub_settings(mut self, lines: &str) -> Self {
-        self.hub_settings += lines;
-        self
-    }
-
     pub fn device_settings(mut self, lines: &str) -> Self {
         self.device_settings += lines;
         self
@@ -70,8 +63,7 @@ impl Plan {
     /// Everything runs; whether it reaches each other is the story's matter.
     #[track_caller]
     pub fn start_without_waiting(self) -> World {
-        let scratch = Scratch::new();
-        let hub = Hub::init(scratch, &self.hub_settings);
+        let hub = Hub::start();
         let device = hub.device_files(DEVICE, &self.device_settings, &self.targets);
         let service = hub.service_files("service", &self.service_settings, &self.forwards);
         let device = Daemon::start("device", &device);
@@ -126,14 +118,14 @@ fn listeners(forwards: &[Forward]) -> BTreeMap<String, String> {
 pub struct Hub {
     pub daemon: Daemon,
     pub port: u16,
-    pub mqtt_port: u16,
     scratch: Scratch,
 }
 
 impl Hub {
     /// `culvert hub init`, then `culvert hub`.
     #[track_caller]
-    pub fn init(scratch: Scratch, settings: &str) -> Self {
+    pub fn start() -> Self {
+        let scratch = Scratch::new();
         let (port, mqtt_port) = (free_port(), free_port());
         run(culvert().args(["hub", "init", "--hostname", "localhost", "--dir"]).arg(scratch.join("hub")).args([
             "--listen",
@@ -144,10 +136,10 @@ impl Hub {
         let config = scratch.join("hub/hub.toml");
         let made = fs::read_to_string(&config).unwrap();
         let tables = "\n[metrics]\nlisten = \"127.0.0.1:0\"\n\n[log]\nformat = \"text\"\n";
-        fs::write(&config, format!("{settings}\n{made}{tables}")).unwrap();
+        fs::write(&config, format!("{made}{tables}")).unwrap();
         let daemon = Daemon::start("hub", &config);
         daemon.wait_until_ready();
-        Self { daemon, port, mqtt_port, scratch }
+        Self { daemon, port, scratch }
     }
 
     pub fn scratch(&self) -> &Scratch {
