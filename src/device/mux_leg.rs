@@ -209,9 +209,13 @@ impl MuxLegs {
             mux.close();
             link.iter().for_each(|link| link.close("the device ends the device stream"));
             let _ = timeout(GOODBYE, driver).await;
+            cut.cancel();
         }
-        cut.cancel();
-        let _ = timeout(CHANNELS_END, async { while channels.join_next().await.is_some() {} }).await;
+        // If the mux broke, each channel has failed by itself, and its flow tells so; cut is who has not noticed.
+        for _ in 0..2 {
+            let _ = timeout(CHANNELS_END, async { while channels.join_next().await.is_some() {} }).await;
+            cut.cancel();
+        }
         let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
         lost.unwrap_or_else(|| match ended {
             Some(Err(error)) => error.to_string(),

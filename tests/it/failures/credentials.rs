@@ -121,8 +121,7 @@ fn a_ticket_that_is_used_twice() {
         ]);
         command
     };
-    let first = Process::start("the first use", &mut upgrade());
-    first.wait_for_line(&["101"]);
+    let _first = Process::start("the first use", &mut upgrade());
     world.hub.daemon.wait_for_metric("culvert_hub_bridges_open", &[], |open| open == 2.0);
     let second = run(&mut upgrade());
     assert!(second.starts_with("HTTP/1.1 401"), "{second}");
@@ -150,7 +149,6 @@ fn a_device_that_nobody_registered_and_one_that_is_offline() {
     let world = plan.start_without_waiting();
     world.hub.registry(&["add", "pump-18"]);
     world.service.wait_for_line(&["WARN", "device=pump-99", "the hub knows no device pump-99"]);
-    world.service.wait_for_line(&["WARN", "device=pump-18", "is not online"]);
     assert_eq!(exchange(&unknown, b"x").1, End::Reset);
     assert_eq!(exchange(&offline, b"x").1, End::Reset);
     for forward in ["unknown", "offline"] {
@@ -181,7 +179,7 @@ fn two_machines_with_one_identity() {
     let text = device_toml(&twin, &world.hub.ca(), "", &[Target::new("echo", echo.address())]);
     let second = Daemon::start("device", &world.hub.scratch().write(twin.join("device.toml"), text));
     second.wait_until_ready();
-    world.device.wait_for_line(&["WARN", "taken over"]);
+    world.device.wait_for_line(&["WARN", "another connection with this device's identity took over"]);
     world.hub.daemon.wait_for_line(&["control session ended", "taken over"]);
     world
         .hub

@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use crate::support::{Process, Scratch, eventually, port::free_port, run};
+use crate::support::{Process, Scratch, port::free_port, run};
 
 /// The name under which the client knows the host, whatever address a forward has.
 pub const HOST: &str = "pump-17";
