@@ -5,6 +5,8 @@
 
 use std::process::ExitCode;
 
+use crate::telemetry::log;
+
 /// Why a command failed, with the code that says whose fault it is.
 #[derive(Debug)]
 pub struct Failure {
@@ -56,7 +58,11 @@ impl Failure {
 
     /// Prints the chain on standard error, and yields the process's exit code.
     pub fn report(&self) -> ExitCode {
-        eprintln!("{}", self.text());
+        // The journal reads a line's priority from its start (sd-daemon(3)); without one an error is information.
+        let priority = if log::stderr_is_the_journal() { "<3>" } else { "" };
+        for line in self.text().lines() {
+            eprintln!("{priority}{line}");
+        }
         ExitCode::from(self.code as u8)
     }
 

@@ -47,7 +47,7 @@ impl Daemon for Hub {
         let metrics = HubMetrics::default();
         metrics.register(registry).map_err(Failure::software)?;
         let hub = Self::bind(config, metrics).await.map_err(Failure::unavailable)?;
-        tracing::info!(https = %hub.addr(), mqtt = ?hub.mqtt_addr(), "listening");
+        tracing::info!(https = %hub.addr(), mqtt = hub.mqtt_addr().map(tracing::field::display), "listening");
         Ok(hub)
     }
 

@@ -20,8 +20,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-/// Fields appear in the journal under this prefix: `journalctl CULVERT_DEVICE=pump-17`.
-const JOURNAL_PREFIX: &str = "CULVERT";
+use super::journal::Journal;
 
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -104,10 +103,7 @@ fn output_layer(format: LogFormat) -> Result<Output, LogError> {
     let base = tracing_subscriber::fmt::layer().with_writer(io::stderr).log_internal_errors(false);
     Ok(match format {
         LogFormat::Json => Box::new(base.json().with_current_span(false)),
-        LogFormat::Journald => {
-            let journal = tracing_journald::layer().map_err(LogError::Journal)?;
-            Box::new(journal.with_field_prefix(Some(JOURNAL_PREFIX.into())))
-        }
+        LogFormat::Journald => Box::new(Journal::open().map_err(LogError::Journal)?),
         LogFormat::Auto | LogFormat::Text => {
             Box::new(base.with_ansi(io::stderr().is_terminal()).fmt_fields(debug_fn(write_field).delimited(" ")))
         }
@@ -124,7 +120,7 @@ fn resolve(format: LogFormat) -> LogFormat {
 }
 
 /// systemd names the journal's device and inode in `$JOURNAL_STREAM`; a redirected stderr does not match.
-fn stderr_is_the_journal() -> bool {
+pub(crate) fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     std::fs::metadata("/proc/self/fd/2").is_ok_and(|file| stream == format!("{}:{}", file.dev(), file.ino()))
 }
@@ -139,9 +135,9 @@ fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -
 
 /// Passes text on with every control character as its Rust escape, so that no field can forge a line or
 /// drive a terminal.
-struct Escaping<'a, 'w>(&'a mut Writer<'w>);
+pub(super) struct Escaping<'a, W>(pub(super) &'a mut W);
 
-impl fmt::Write for Escaping<'_, '_> {
+impl<W: fmt::Write> fmt::Write for Escaping<'_, W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for piece in text.split_inclusive(is_unsafe) {
             match piece.chars().next_back().filter(|last| is_unsafe(*last)) {

@@ -7,6 +7,7 @@
 
 pub mod health;
 pub mod http;
+mod journal;
 pub mod log;
 pub mod metrics;
 mod process;
