@@ -196,8 +196,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let fields = parse(&bytes[..length]);
         let value = |name: &str| fields.iter().find(|field| field.0 == name).map(|field| field.1.as_str());
-        let message =
-            r"tunnel{device=pump-17 late=1}: device stream ended reason=lost\nPRIORITY=0\u{1b}[2J bytes=7";
+        let message = r"tunnel{device=pump-17 late=1}: device stream ended reason=lost\nPRIORITY=0\u{1b}[2J bytes=7";
         assert_eq!(value("MESSAGE"), Some(message));
         assert_eq!(value("PRIORITY"), Some("4"));
         assert_eq!(value("CULVERT_DEVICE"), Some("pump-17"));
