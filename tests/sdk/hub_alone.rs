@@ -30,4 +30,9 @@ stories! {
         let stories = ["a_c_device_renews_its_token_and_its_streams_survive", "a_rejection_is_an_answer"];
         world.python("hub_alone.py", &stories);
     }
+
+    fn revocation_ends_what_it_admitted(world) {
+        world.register("device-sdk");
+        world.python("hub_alone.py", &["revocation_ends_what_it_admitted"]);
+    }
 }

@@ -45,6 +45,7 @@ fn goodbye_server(address: &str, breaks: bool) -> impl FnOnce() + use<> {
 /// A service daemon whose plain forwards lead to an SDK device.
 fn plain_service(world: &mut World) {
     world.register("device-sdk");
+    world.register("device-sdk/m");
     let forward = |port: u16, target: &str, more: &str| {
         format!(
             "name = \"f{port}\"\nlisten = \"127.0.0.1:{port}\"\ndevice = \"device-sdk\"\ntarget = \"{target}\"\n\
@@ -57,6 +58,7 @@ fn plain_service(world: &mut World) {
         forward(7102, "Abrupt", ""),
         forward(7103, "Abrupt", "plain_eof = true"),
         forward(7104, "Empty", ""),
+        forward(7105, "TestStream", "module = \"m\""),
     ];
     world.service(&forwards.each_ref().map(String::as_str));
 }
@@ -89,6 +91,7 @@ stories! {
         plain_service(world);
         let stories = [
             "sdk_devices_serve_plain_forwards",
+            "sdk_modules_serve_plain_forwards",
             "the_abrupt_end_of_c_is_a_reset_unless_the_rule_says_otherwise",
             "empty_messages_are_swallowed",
             "a_device_that_says_no_resets_the_connection",

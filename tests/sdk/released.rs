@@ -5,7 +5,7 @@ use std::process::Command;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use sha2::Digest as _;
 
-use crate::world::{HUB, World, stories};
+use crate::world::{HUB, World, echo_server, stories};
 
 /// A device's certificate, signed by `issuer` or by itself; NAME.pem and NAME.key. Its SHA-256 and SHA-1.
 fn certificate(world: &World, name: &str, issuer: Option<&CertifiedIssuer<'_, KeyPair>>) -> [String; 2] {
@@ -57,6 +57,8 @@ stories! {
         world.register("module-sdk/m");
         let stories = ["over_mqtt", "over_websocket", "as_a_module", "refused", "unknown_subscriptions_are_refused"];
         world.node("device.js", &stories);
+        // Five messages by each of two transports for the device and the module, and five at the end.
+        assert_eq!(world.metric("culvert_hub_telemetry_messages_total"), 25.0);
     }
 
     fn azure_iot_device_renews_its_token(world) {
@@ -68,6 +70,14 @@ stories! {
         certificates(world);
         world.node("device.js", &["with_a_certificate"]);
         world.python("x509.py", &["certificates_admit_and_strangers_stay_out"]);
+    }
+
+    fn a_culvert_device_comes_by_certificate(world) {
+        certificates(world);
+        echo_server("127.0.0.1:7000");
+        let keys = "certificate_file = \"self-signed.pem\"\nprivate_key_file = \"self-signed.key\"";
+        world.device_with("self-signed", keys, &["name = \"echo\"\naddress = \"127.0.0.1:7000\""]);
+        world.python("mixed.py", &["a_device_by_certificate_serves_targets"]);
     }
 
     fn paho_and_websockets_are_a_device_and_a_service(world) {

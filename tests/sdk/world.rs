@@ -147,7 +147,13 @@ impl World {
 
     /// A device daemon with targets, each `name = "address"` and more keys.
     pub(crate) fn device(&mut self, identity: &str, targets: &[&str]) {
+        self.device_with(identity, "", targets);
+    }
+
+    /// The same with more keys.
+    pub(crate) fn device_with(&mut self, identity: &str, keys: &str, targets: &[&str]) {
         let targets: String = targets.iter().map(|target| format!("[[target]]\n{target}\n")).collect();
+        let targets = format!("{keys}\n{targets}");
         self.configured("device", &format!("{}.connection", identity.replace('/', "-")), &targets);
     }
 
@@ -167,6 +173,16 @@ impl World {
         );
         self.write(&format!("{role}.toml"), &config);
         self.daemon(role, &format!("{role}.toml"));
+    }
+
+    /// A number that the hub shows on its metrics port.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let mut socket = TcpStream::connect("127.0.0.1:9464").unwrap();
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        socket.read_to_string(&mut text).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().parse().unwrap()
     }
 
     /// A daemon's process.
@@ -266,6 +282,7 @@ impl World {
 
     /// No daemon died, panicked or printed a secret.
     fn end(mut self) {
+        assert_eq!(self.metric("culvert_hub_task_panics_total"), 0.0);
         for (role, mut child) in std::mem::take(&mut self.daemons) {
             let ended = child.try_wait().unwrap();
             assert!(ended.is_none() || role == "client", "{role} ended by itself: {ended:?}\n{}", self.said(role));

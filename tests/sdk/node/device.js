@@ -105,6 +105,7 @@ async function unknown_subscriptions_are_refused() {
     setTimeout(resolve, 1500, 'tolerated');
   });
   console.log(String(refusal));
+  await client.close();
   const again = await connected('device-sdk.connection', Mqtt);
   await everything(again);
   await again.close();

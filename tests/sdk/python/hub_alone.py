@@ -165,20 +165,51 @@ def a_rejection_is_an_answer():
 
 
 def small_frames_pass_at_speed():
-    """8 MB in 64-byte frames within a small multiple of 8 MB in 64 KiB frames."""
+    """8 MB in 64-byte frames within a small multiple of 8 MB in 64 KiB frames; the best of three of each."""
     device = wire.Device("c", "device-sdk.connection")
     service, leg = wire.connect(wire.Service("node"), device)
     data, took = os.urandom(8_000_000), {}
     for size in (65536, 64):
         frames = [leg.frame(data[at : at + size]) for at in range(0, len(data), size)]
+        # What one write of the sample's TLS would hold does not matter here: the hub's work per frame does.
         blocks = [b"".join(frames[at : at + 512]) for at in range(0, len(frames), 512)]
-        began = time.monotonic()
-        writing = wire.Together(lambda blocks: [leg.connection.sendall(block) for block in blocks], blocks)
-        assert service.read(len(data)) == data
-        took[size] = time.monotonic() - began
-        writing.join()
-    print(f"8 MB device to service: {took[65536]:.2f} s in 64 KiB frames, {took[64]:.2f} s in 64-byte frames, ratio {took[64] / took[65536]:.1f}")
+        took[size] = min(timed(service, leg, data, blocks) for _ in range(3))
+    ratio = took[64] / took[65536]
+    print(f"8 MB device to service: {took[65536]:.3f} s in 64 KiB frames, {took[64]:.3f} s in 64-byte frames, ratio {ratio:.1f}")
+    assert ratio < 20, "the work per frame is too much"
     device.disconnect()
+
+
+def timed(service, leg, data, blocks):
+    began = time.monotonic()
+    writing = wire.Together(lambda: [leg.connection.sendall(block) for block in blocks])
+    assert service.read(len(data)) == data
+    writing.join()
+    return time.monotonic() - began
+
+
+def revocation_ends_what_it_admitted():
+    """Disabling a device, or a new key, ends its session and its streams within 5 s."""
+    owner = wire.Service("node", "owner.connection")
+    for change in ({"status": "disabled"}, {"status": "enabled", "authentication": {"type": "sas", "symmetricKey": {"primaryKey": "A" * 43 + "=", "secondaryKey": "B" * 42 + "E="}}}):
+        device = wire.Device("c", "device-sdk.connection")
+        service, leg = wire.connect(wire.Service("node"), device)
+        status, _, body = owner.call("PUT", "/devices/device-sdk", {"deviceId": "device-sdk", **change})
+        assert status == 200, body
+        began = time.monotonic()
+        for end in (service, leg):
+            end.settimeout(10)
+            assert end.read_to_close() == b""
+            assert end.closed[0] not in (1000, None), end.closed
+        device.reader.connection.settimeout(10)
+        try:
+            kind, _ = device.receive()
+            raise AssertionError(f"the revoked session hears {kind:#x}")
+        except (EOFError, ConnectionError):
+            pass
+        assert time.monotonic() - began < 5
+        assert wire.Device("c", "device-sdk.connection").refusal == 5
+        owner.call("PUT", "/devices/device-sdk", {"deviceId": "device-sdk", "status": "enabled"})
 
 
 if __name__ == "__main__":

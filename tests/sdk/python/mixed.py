@@ -38,6 +38,13 @@ def a_module_of_culvert_serves_targets():
     leg.close()
 
 
+def a_device_by_certificate_serves_targets():
+    leg = wire.Service("csharp").open("self-signed", "echo")
+    leg.write(DATA[:1000], 10240)
+    assert leg.read(1000) == DATA[:1000]
+    leg.close(1000)
+
+
 def the_targets_end_is_the_services():
     """A plain stream has no half-close: the device holds the target's end for 30 s of silence, then closes."""
     leg = wire.Service("node").open("pump", "goodbye")
@@ -137,6 +144,13 @@ def sdk_devices_serve_plain_forwards():
         connection.close()
         assert received(local(7101)) == (DATA[:100_000], "end")
         device.disconnect()
+
+
+def sdk_modules_serve_plain_forwards():
+    device = wire.Device("c", "device-sdk-m.connection", websocket=True)
+    wire.Together(serve_device, device, 2, behave)
+    echoed(7105)
+    echoed(7105)
 
 
 def echoed(port):

@@ -142,11 +142,19 @@ class Service:
         lines = [f"{name}: {value}" for name, value in self.headers(connect, response, token)]
         if body:
             lines = [line for line in lines if not line.startswith("Content-Length")] + [f"Content-Length: {len(body)}"]
-        request = f"POST {path}?api-version={version} HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n"
+        return self._exchange(f"POST {path}?api-version={version} HTTP/1.1", lines, body)
+
+    def call(self, method, path, value):
+        """The registry's REST API, as any HTTP client does it."""
+        body = json.dumps(value).encode()
+        lines = [f"Host: {HUB}", f"Authorization: {self.token()}", "If-Match: *", "Content-Type: application/json"]
+        return self._exchange(f"{method} {path}?api-version=2021-04-12 HTTP/1.1", lines + [f"Content-Length: {len(body)}"], body)
+
+    def _exchange(self, first, lines, body):
         if self.kept is None:
             self.kept = Reader(tls(443))
             self.kept.connection.settimeout(90)
-        self.kept.connection.sendall(request.encode() + body)
+        self.kept.connection.sendall("\r\n".join([first, *lines, "", ""]).encode() + body)
         status, headers = self.kept.head()
         content = self.kept.exactly(int(headers.get("content-length", 0)))
         if headers.get("connection") == "close":
