@@ -45,11 +45,31 @@ thread_local! {
 pub trait Abort: AsyncRead + AsyncWrite + Unpin {
     /// Ends both directions at once, so that the peer sees a reset and never an end.
     fn abort(self);
+
+    /// Says whether a drop is a reset from now on. A flow's task may be dropped at any await (a daemon that is told
+    /// twice to stop, a panic), and the process may be killed: none of these is an end.
+    fn arm(&self, _reset: DropIsReset) {}
+}
+
+/// What the drop of a side means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DropIsReset {
+    /// The flow runs: a reset.
+    Yes,
+    /// Both directions have ended: an ordinary close.
+    No,
 }
 
 impl Abort for Socket {
     fn abort(self) {
         self.reset();
+    }
+
+    fn arm(&self, reset: DropIsReset) {
+        match reset {
+            DropIsReset::Yes => self.reset_on_drop(),
+            DropIsReset::No => self.close_on_drop(),
+        }
     }
 }
 
@@ -130,8 +150,11 @@ pub async fn join<A: Abort, B: Abort>(
     options: FlowOptions,
     stop: impl Future<Output = ()>,
 ) -> FlowEnd {
+    local.arm(DropIsReset::Yes);
     let mut flow = Flow::new(local, far, options);
     let end = tokio::select! {
+        // In this order, so that a flow that has its own reason to end says that one.
+        biased;
         end = std::future::poll_fn(|cx| flow.poll(cx)) => end,
         () = stop => Err(Failure { side: None, error: io::ErrorKind::Interrupted.into() }),
     };
@@ -182,7 +205,8 @@ impl<A: Abort, B: Abort> Flow<A, B> {
         }
         let up = self.up.poll(cx, &mut self.local, &mut self.far);
         let up = up.map_err(|error| error.at(Side::Local, Side::Far))?;
-        if self.up.state == State::Held && self.poll_hold(cx).is_ready() {
+        // While the client is slow to take what came, the far side waits for it and is not silent.
+        if self.up.state == State::Held && self.down.pending.is_empty() && self.poll_hold(cx).is_ready() {
             self.up.state = State::ShuttingDown;
             cx.waker().wake_by_ref();
         }
@@ -216,6 +240,7 @@ impl<A: Abort, B: Abort> Flow<A, B> {
     fn finish(self, end: Result<(), Failure>) -> FlowEnd {
         let (sent, received) = (self.up.bytes, self.down.bytes);
         let Err(failure) = end else {
+            self.local.arm(DropIsReset::No);
             return FlowEnd { reason: Reason::Done, detail: None, sent, received };
         };
         self.local.abort();
@@ -305,6 +330,7 @@ impl Direction {
                 State::ShuttingDown => {
                     ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(DirectionError::Writing)?;
                     self.state = State::Done;
+                    self.last_activity = Instant::now();
                 }
                 State::Done => return Poll::Ready(Ok(())),
             }
@@ -389,6 +415,7 @@ impl Direction {
             }
             self.written += n;
             self.unflushed = true;
+            self.last_activity = Instant::now();
         }
         self.pending = Vec::new();
         self.written = 0;
@@ -438,6 +465,7 @@ mod tests {
     /// One end of a pipe, which notes that it was aborted.
     struct Pipe {
         io: DuplexStream,
+        armed: AtomicBool,
         aborted: Arc<AtomicBool>,
     }
 
@@ -445,7 +473,7 @@ mod tests {
         fn new(capacity: usize) -> (Self, DuplexStream, Arc<AtomicBool>) {
             let (io, peer) = duplex(capacity);
             let aborted = Arc::new(AtomicBool::new(false));
-            (Self { io, aborted: aborted.clone() }, peer, aborted)
+            (Self { io, armed: AtomicBool::new(false), aborted: aborted.clone() }, peer, aborted)
         }
     }
 
@@ -472,6 +500,16 @@ mod tests {
     impl Abort for Pipe {
         fn abort(self) {
             self.aborted.store(true, Ordering::Relaxed);
+        }
+
+        fn arm(&self, reset: DropIsReset) {
+            self.armed.store(reset == DropIsReset::Yes, Ordering::Relaxed);
+        }
+    }
+
+    impl Drop for Pipe {
+        fn drop(&mut self) {
+            self.aborted.fetch_or(self.armed.load(Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 
@@ -517,6 +555,61 @@ mod tests {
         let end = join(local, far, options(true), std::future::ready(())).await;
         assert_eq!(end.reason, Reason::Stopped);
         assert!(local_aborted.load(Ordering::Relaxed) && far_aborted.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_flow_whose_task_is_dropped_resets_the_local_side_and_one_that_is_done_does_not() {
+        let (local, _client, aborted) = Pipe::new(64);
+        let (far, _server, _) = Pipe::new(64);
+        let mut flow = Box::pin(join(local, far, options(true), never()));
+        assert!(futures_util::poll!(&mut flow).is_pending());
+        drop(flow);
+        assert!(aborted.load(Ordering::Relaxed), "the client would take this for the end of its download");
+
+        let (local, mut client, aborted) = Pipe::new(64);
+        let (far, mut server, _) = Pipe::new(64);
+        let ends = async { tokio::try_join!(client.shutdown(), server.shutdown()).unwrap() };
+        let (end, _) = tokio::join!(join(local, far, options(true), never()), ends);
+        assert!(end.reason == Reason::Done && !aborted.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_flow_that_broke_says_so_even_if_it_is_stopped_at_the_same_time() {
+        for _ in 0..32 {
+            let (local, mut client, _) = Pipe::new(64);
+            let (far, server, _) = Pipe::new(64);
+            drop(server);
+            client.write_all(b"x").await.unwrap();
+            let end = join(local, far, options(true), std::future::ready(())).await;
+            assert_eq!(end.reason, Reason::PeerReset);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_plain_stream_is_not_idle_while_its_client_is_slow_to_read() {
+        let (local, mut client, _) = Pipe::new(8);
+        let (far, server, _) = Pipe::new(8);
+        let flow = join(local, far, options(false), never());
+        let server = async {
+            let (mut read, mut write) = tokio::io::split(server);
+            let mut byte = [0];
+            tokio::select! {
+                written = write.write_all(&[7; 400_000]) => written.unwrap(),
+                // There is no half-close: a Close would end the download, and look like its end.
+                _ = read.read(&mut byte) => panic!("closed in mid-download"),
+            }
+            write.shutdown().await.unwrap();
+            (read, write)
+        };
+        let client = async {
+            client.shutdown().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            let mut got = Vec::new();
+            client.read_to_end(&mut got).await.unwrap();
+            got.len()
+        };
+        let (end, got, _server) = tokio::join!(flow, client, server);
+        assert_eq!((end.reason, got), (Reason::Done, 400_000));
     }
 
     #[tokio::test]

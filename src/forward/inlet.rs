@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use super::{
     endpoint_of,
-    flow::{Abort, FlowEnd, Reason, join},
+    flow::{Abort, DropIsReset, FlowEnd, Reason, join},
     metrics::ForwardMetrics,
 };
 use crate::{
@@ -188,6 +188,8 @@ impl Shared {
     /// The life of a flow: open the far side, join, say goodbye.
     async fn flow(&self, rule: Arc<ForwardRule>, socket: Socket) {
         let begun = Instant::now();
+        // Whatever ends the wait for the far side: the client must not take it for an empty answer.
+        socket.arm(DropIsReset::Yes);
         let open = self.deps.metrics.begin(&rule.name);
         let end = tokio::select! {
             far = self.deps.connector.open(&rule) => match far {
@@ -221,5 +223,36 @@ impl Shared {
                 warn!(%forward, %device, %target, reason, detail, sent, received, seconds, "connection ended by a reset");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncReadExt as _, net::TcpStream};
+
+    use super::*;
+
+    /// A device that never answers.
+    struct Absent;
+
+    impl Connector for Absent {
+        fn open<'a>(&'a self, _: &'a ForwardRule) -> BoxFuture<'a, Result<Opened, OpenFailure>> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_waits_for_its_device_is_reset_and_not_ended_when_the_forward_closes() {
+        let parsed = ("ssh".parse().unwrap(), "127.0.0.1:0".parse().unwrap());
+        let rule = ForwardRule::new(parsed.0, parsed.1, "pump-17".parse().unwrap(), "ssh".parse().unwrap());
+        let deps = InletDeps { connector: Arc::new(Absent), metrics: ForwardMetrics::default() };
+        let inlet = Inlet::open(rule, deps).await.unwrap();
+        let mut client = TcpStream::connect(inlet.endpoint().to_string()).await.unwrap();
+        while inlet.flows() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let drained = inlet.close(Duration::ZERO).await;
+        let (read, ()) = tokio::join!(client.read_u8(), drained);
+        assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
     }
 }

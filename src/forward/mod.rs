@@ -11,7 +11,7 @@ mod outlet;
 mod plan;
 mod verdict;
 
-pub use flow::{Abort, FlowEnd, FlowOptions, Reason, join};
+pub use flow::{Abort, DropIsReset, FlowEnd, FlowOptions, Reason, join};
 pub use inlet::{Connector, FarSide, Inlet, InletDeps, OpenFailure, Opened};
 pub use metrics::{ForwardMetrics, TargetMetrics};
 pub use outlet::{Dialled, Outlet, OutletError, serve_channel};

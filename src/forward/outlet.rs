@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::{
     endpoint_of,
-    flow::{Abort, FlowEnd, Reason, join},
+    flow::{Abort, DropIsReset, FlowEnd, Reason, join},
     metrics::TargetMetrics,
 };
 use crate::{
@@ -186,6 +186,8 @@ impl Outlet {
             address: rule.address.to_string(),
             source,
         })?;
+        // Until the flow is done: a target that was dialled in vain must not take that for an empty connection.
+        socket.arm(DropIsReset::Yes);
         Ok(Dialled { socket, rule, _passes: [own, all] })
     }
 

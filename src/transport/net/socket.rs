@@ -35,6 +35,14 @@ impl Socket {
         }
     }
 
+    /// Takes [`reset_on_drop`](Self::reset_on_drop) back: the drop is an ordinary close.
+    pub fn close_on_drop(&self) {
+        if let Self::Tcp(socket) = self {
+            // It fails only on a socket that is already gone.
+            let _ = SockRef::from(socket).set_linger(None);
+        }
+    }
+
     /// Ends both directions now: a reset on TCP.
     pub fn reset(self) {
         self.reset_on_drop();
