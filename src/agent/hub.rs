@@ -118,6 +118,11 @@ impl HubClient {
         Self { shared: Arc::new(Shared { connection, dialer, user_agent }) }
     }
 
+    /// True if both are clones of one client.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// `culvert-ROLE/VERSION`, by which the hub knows that it may use our extensions.
     pub fn user_agent(&self) -> &str {
         &self.shared.user_agent

@@ -32,6 +32,14 @@ impl NetworkChanges {
         (Self(receiver), watch_network(sender, shutdown))
     }
 
+    /// A view that knows only the changes to come.
+    #[must_use]
+    pub fn from_now(&self) -> Self {
+        let mut view = self.clone();
+        view.0.mark_unchanged();
+        view
+    }
+
     /// Waits for the next change after the last one seen through this clone.
     pub async fn changed(&mut self) {
         if self.0.changed().await.is_err() {
@@ -110,5 +118,24 @@ impl Clocks {
             info!(seconds = asleep.as_secs(), "the machine slept");
         }
         asleep >= SUSPEND
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[test]
+    fn what_changed_before_is_no_news() {
+        let (sender, receiver) = watch::channel(0);
+        let network = NetworkChanges(receiver);
+        sender.send_modify(|count| *count += 1);
+        assert!(network.clone().changed().now_or_never().is_some());
+        assert!(network.from_now().changed().now_or_never().is_none());
+        let mut view = network.from_now();
+        sender.send_modify(|count| *count += 1);
+        assert!(view.changed().now_or_never().is_some());
     }
 }

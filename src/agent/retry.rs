@@ -13,13 +13,15 @@ use crate::base::Backoff;
 const BASE: Duration = Duration::from_secs(1);
 /// Its ceiling: a fleet behind a restarted hub spreads itself over a minute (issue 4).
 const CEILING: Duration = Duration::from_secs(60);
-/// Between attempts on a failing path while flows wait (issue 4): short, because a person is waiting.
+/// Between attempts on a failing path while flows wait (issue 4): short, because a person is waiting. A third more or
+/// less, so that daemons that lost one hub in the same instant do not come back in step for ever.
 const PATH_RETRY: Duration = Duration::from_millis(1500);
 /// The longest delay while connections wait and nothing listens at the hub's address, as while it restarts: a person
 /// is waiting. Such an attempt costs the hub's host one refused SYN; only daemons with open connections make it.
 const REFUSED_CEILING: Duration = Duration::from_secs(2);
 /// So many of these, about half a minute; a hub that is down for longer is left alone like any other.
 const REFUSED_ATTEMPTS: u32 = 30;
+const PATH_RETRY_SPREAD_MICROS: u64 = 1_000_000;
 /// A session that lived this long was healthy: the schedule begins again.
 const HEALTHY: Duration = Duration::from_secs(30);
 
@@ -28,6 +30,8 @@ const HEALTHY: Duration = Duration::from_secs(30);
 pub struct Next {
     /// How long to wait.
     pub delay: Duration,
+    /// How long to wait even if there is news: the hub asked for it.
+    pub at_least: Duration,
 }
 
 /// The schedule of one tunnel or control session.
@@ -46,7 +50,10 @@ impl Retry {
     /// The delay after a failure. `is_urgent`: flows wait for this.
     pub fn after(&mut self, failure: Failure, is_urgent: bool) -> Next {
         let delay = match failure {
-            Failure::Path if is_urgent => PATH_RETRY,
+            Failure::Path if is_urgent => {
+                let spread = random_u64() % PATH_RETRY_SPREAD_MICROS;
+                PATH_RETRY + Duration::from_micros(spread) - Duration::from_micros(PATH_RETRY_SPREAD_MICROS / 2)
+            }
             Failure::Refused if is_urgent && self.backoff.attempts() < REFUSED_ATTEMPTS => {
                 self.backoff.next_delay(random_u64()).min(jittered(REFUSED_CEILING))
             }
@@ -55,7 +62,11 @@ impl Retry {
                 at_least.min(CEILING) + self.backoff.next_delay(random_u64()).min(at_least.max(BASE))
             }
         };
-        Next { delay }
+        let at_least = match failure {
+            Failure::Answered(Some(at_least)) => at_least.min(CEILING),
+            Failure::Path | Failure::Refused | Failure::Answered(None) => Duration::ZERO,
+        };
+        Next { delay, at_least }
     }
 
     /// Notes that a session ended after this long; a healthy one starts the schedule anew.
@@ -82,8 +93,16 @@ mod tests {
         for _ in 0..20 {
             let next = retry.after(Failure::Answered(Some(asked)), true);
             assert!((asked..=2 * asked).contains(&next.delay), "{next:?}");
+            assert_eq!(next.at_least, asked);
         }
-        assert_eq!(retry.after(Failure::Path, true).delay, PATH_RETRY);
+    }
+
+    #[test]
+    fn a_failing_path_is_tried_soon_but_not_in_step() {
+        let mut retry = Retry::default();
+        let delays: Vec<_> = (0..20).map(|_| retry.after(Failure::Path, true).delay).collect();
+        assert!(delays.iter().all(|delay| (1000..2000).contains(&delay.as_millis())), "{delays:?}");
+        assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
     }
 
     #[test]

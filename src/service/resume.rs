@@ -20,7 +20,7 @@ use super::{
     tunnel::{AttemptError, TunnelDeps, open_leg},
 };
 use crate::{
-    agent::{Failure, Retry},
+    agent::{Failure, Retry, random_u64},
     base::Identity,
     transport::{
         carrier::CarrierMonitor,
@@ -34,6 +34,10 @@ const PATH_RETRY: Duration = Duration::from_millis(1500);
 /// An attempt that has reached the hub holds off others this long: the hub is waiting for the device. After that the
 /// path may have failed again under it.
 const HUB_HOLD: Duration = Duration::from_secs(10);
+/// The first attempt begins within this time, in microseconds: a hub that stops cuts all links in one instant.
+const SPREAD_MICROS: u64 = 200_000;
+/// A carrier that lived no longer is not replaced at once: something cuts each one, and would be asked for ever more.
+const SHORT_LIFE: Duration = Duration::from_millis(1500);
 /// Attempts at once. A dial gives up after 10 s, in which seven begin.
 const MAX_ATTEMPTS: usize = 8;
 /// While a link is detached its flows wait. The hub's wait for the device is shorter than for a new device stream, so
@@ -51,7 +55,8 @@ pub(super) async fn keep_attached(
     publish: impl Fn(CarrierMonitor),
 ) {
     let mut monitor = first;
-    let mut network = deps.network.clone();
+    let mut attached = Instant::now();
+    let mut network = deps.network.from_now();
     loop {
         let suspicion = tokio::select! {
             () = network.changed() => {
@@ -71,16 +76,24 @@ pub(super) async fn keep_attached(
         }
         // The link itself tells people when it is lost and resumed.
         debug!("{suspicion}; trying another carrier");
-        let attempts = Attempts::new(deps, device, link, mux);
+        let attempts = Attempts::new(deps, device, link, mux, first_attempt(attached));
         match attempts.run(&monitor).await {
             Outcome::Attached(next) => {
                 publish(next.clone());
-                monitor = next;
+                (monitor, attached) = (next, Instant::now());
             }
             Outcome::Recovered => debug!("the carrier answers again"),
             Outcome::Ended => return,
         }
     }
+}
+
+/// When the first attempt begins after the loss of a carrier that was attached then.
+fn first_attempt(attached: Instant) -> Instant {
+    let now = Instant::now();
+    let spread = Duration::from_micros(random_u64() % SPREAD_MICROS);
+    let calm = if now < attached + SHORT_LIFE { PATH_RETRY } else { Duration::ZERO };
+    now + calm + spread
 }
 
 async fn detached(link: Option<&LinkControl>) -> String {
@@ -105,21 +118,26 @@ struct Attempts<'a> {
     link: &'a LinkControl,
     mux: &'a Mux,
     running: FuturesUnordered<BoxFuture<'a, Result<CarrierMonitor, AttemptError>>>,
-    /// When each running attempt began, and whether it has reached the hub.
-    begun: Vec<(Instant, Arc<AtomicBool>)>,
+    asked: Asked,
     /// The next one begins at this time, if nothing holds it off.
     next: Instant,
     retry: Retry,
 }
 
 impl<'a> Attempts<'a> {
-    fn new(deps: &'a TunnelDeps, device: &'a Identity, link: &'a LinkControl, mux: &'a Mux) -> Self {
-        let (running, begun) = (FuturesUnordered::new(), Vec::new());
-        Self { deps, device, link, mux, running, begun, next: Instant::now(), retry: Retry::default() }
+    fn new(
+        deps: &'a TunnelDeps,
+        device: &'a Identity,
+        link: &'a LinkControl,
+        mux: &'a Mux,
+        next: Instant,
+    ) -> Self {
+        let (running, asked) = (FuturesUnordered::new(), Asked::default());
+        Self { deps, device, link, mux, running, asked, next, retry: Retry::default() }
     }
 
     async fn run(mut self, old: &CarrierMonitor) -> Outcome {
-        let mut network = self.deps.network.clone();
+        let mut network = self.deps.network.from_now();
         loop {
             let due = self.due();
             tokio::select! {
@@ -131,7 +149,7 @@ impl<'a> Attempts<'a> {
                 () = network.changed() => {
                     old.probe();
                     self.next = Instant::now();
-                    self.begun.clear();
+                    self.asked = Asked::default();
                 }
                 _ = self.link.ended() => return Outcome::Ended,
                 () = recovered(self.link, old) => return Outcome::Recovered,
@@ -141,8 +159,7 @@ impl<'a> Attempts<'a> {
 
     /// When the next attempt may begin.
     fn due(&self) -> Instant {
-        let holding = self.begun.iter().filter(|(_, reached)| reached.load(Ordering::Relaxed));
-        holding.map(|(begun, _)| *begun + HUB_HOLD).max().map_or(self.next, |hold| hold.max(self.next))
+        self.asked.held_until().map_or(self.next, |hold| hold.max(self.next))
     }
 
     fn begin(&mut self) {
@@ -152,9 +169,7 @@ impl<'a> Attempts<'a> {
             return;
         }
         self.next = now + PATH_RETRY;
-        let reached = Arc::new(AtomicBool::new(false));
-        self.begun.retain(|(begun, _)| *begun + HUB_HOLD > now);
-        self.begun.push((now, reached.clone()));
+        let reached = self.asked.begin(now);
         let (deps, device, link) = (self.deps, self.device, self.link);
         self.running.push(Box::pin(async move {
             let carrier = open_leg(deps, device, PATIENCE, || reached.store(true, Ordering::Relaxed)).await;
@@ -180,6 +195,28 @@ impl<'a> Attempts<'a> {
     }
 }
 
+/// The attempts that may have reached the hub: when each began, how long it holds off others, whether it has.
+#[derive(Default)]
+struct Asked(Vec<(Instant, Duration, Arc<AtomicBool>)>);
+
+impl Asked {
+    /// Notes another attempt. Each one that waits at the hub already doubles its hold: an absent device is awaited,
+    /// and when it comes back it does not find a dozen requests of each service.
+    fn begin(&mut self, now: Instant) -> Arc<AtomicBool> {
+        self.0.retain(|(begun, hold, reached)| reached.load(Ordering::Relaxed) || *begun + *hold > now);
+        let waiting = self.0.iter().filter(|(.., reached)| reached.load(Ordering::Relaxed)).count();
+        let reached = Arc::new(AtomicBool::new(false));
+        let hold = HUB_HOLD * (1 << waiting.min(MAX_ATTEMPTS));
+        self.0.push((now, hold, reached.clone()));
+        reached
+    }
+
+    fn held_until(&self) -> Option<Instant> {
+        let holding = self.0.iter().filter(|(.., reached)| reached.load(Ordering::Relaxed));
+        holding.map(|(begun, hold, _)| *begun + *hold).max()
+    }
+}
+
 /// Waits until the link is attached to a carrier that answers.
 async fn recovered(link: &LinkControl, monitor: &CarrierMonitor) {
     if link.attached() {
@@ -187,5 +224,42 @@ async fn recovered(link: &LinkControl, monitor: &CarrierMonitor) {
     }
     if !link.attached() {
         std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absent_device_is_awaited_and_not_polled() {
+        let zero = Instant::now();
+        let (mut asked, mut now, mut waiting) = (Asked::default(), zero, Vec::new());
+        let mut begun = 0;
+        // A quarter of an hour, in which the hub waits 60 s for the device with each request.
+        while now < zero + Duration::from_secs(900) {
+            let reached = asked.begin(now);
+            reached.store(true, Ordering::Relaxed);
+            waiting.push((now + PATIENCE.connect, reached));
+            begun += 1;
+            now = asked.held_until().unwrap();
+            waiting.retain(|(until, reached)| {
+                reached.fetch_and(*until > now, Ordering::Relaxed);
+                *until > now
+            });
+            assert!(waiting.len() <= 3, "{} requests wait at once", waiting.len());
+        }
+        assert!(begun <= 40, "{begun} requests");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_carrier_that_was_cut_at_once_is_not_replaced_at_once() {
+        let now = Instant::now();
+        assert!(first_attempt(now) >= now + PATH_RETRY);
+        let long_ago = now;
+        tokio::time::advance(Duration::from_secs(5)).await;
+        let first: Vec<_> = (0..20).map(|_| first_attempt(long_ago) - Instant::now()).collect();
+        assert!(first.iter().all(|delay| *delay < Duration::from_millis(200)), "{first:?}");
+        assert!(first.iter().any(|delay| *delay != first[0]), "a fleet comes in step");
     }
 }

@@ -18,7 +18,7 @@ use super::{
     resume::keep_attached,
 };
 use crate::{
-    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Retry},
+    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Next, Retry},
     base::{Identity, StreamName},
     config::LinkLimits,
     proto::streams::MUX_STREAM,
@@ -36,6 +36,9 @@ const AWAIT_DEVICE: Duration = Duration::from_secs(240);
 const AWAIT_ANSWER: Duration = Duration::from_secs(30);
 /// Between attempts while connections come in for a tunnel that is not there.
 const NUDGED_PAUSE: Duration = Duration::from_secs(1);
+/// An attempt that is older than this when the network changes is made again: it may wait at the far end of a path that
+/// is gone. A younger one was made on the network as it is now; events come in bursts.
+const SETTLED: Duration = Duration::from_secs(5);
 /// How long a tunnel that was told to stop has to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -216,23 +219,24 @@ impl Keeper {
         let mut since = Instant::now();
         self.waiting("opening the device stream", since, false);
         while !stop.is_cancelled() {
-            match stop.run_until_cancelled(self.attempt()).await {
-                None => return,
-                Some(Ok((session, monitor))) => {
+            match stop.run_until_cancelled(self.attempt_while_it_holds()).await {
+                None => break,
+                Some(None) => {}
+                Some(Some(Ok((session, monitor)))) => {
                     let begun = Instant::now();
                     let why = self.serve(session, monitor).await;
                     self.retry.lived(begun.elapsed());
                     since = Instant::now();
                     self.waiting(&why, since, false);
                 }
-                Some(Err(error)) => {
+                Some(Some(Err(error))) => {
                     let why = error.to_string();
                     let next = self.retry.after(error.failure(), false);
                     warn!(device = %self.device, retry_seconds = next.delay.as_secs_f64(), "no device stream: {why}");
                     self.deps.metrics.attempt_failed(&self.device);
                     self.attempts += 1;
                     self.waiting(&why, since, error.is_refusal());
-                    self.pause(next.delay).await;
+                    self.pause(next).await;
                 }
             }
         }
@@ -244,11 +248,16 @@ impl Keeper {
     }
 
     /// Waits, unless the network changes, the hub's configuration changes, or we stop; and not for long if a
-    /// connection is there.
-    async fn pause(&mut self, delay: Duration) {
+    /// connection is there. None of these but another hub makes the wait shorter than the hub asked for.
+    async fn pause(&self, Next { delay, at_least }: Next) {
         let nudged = async {
-            sleep(delay.min(NUDGED_PAUSE)).await;
+            sleep(delay.min(NUDGED_PAUSE).max(at_least)).await;
             self.nudge.notified().await;
+        };
+        let mut network = self.deps.network.from_now();
+        let moved = async {
+            sleep(at_least).await;
+            network.changed().await;
         };
         let mut hub = self.deps.hub.clone();
         hub.mark_unchanged();
@@ -256,8 +265,29 @@ impl Keeper {
             () = self.stop.cancelled() => {}
             () = sleep(delay) => {}
             () = nudged => {}
-            () = self.deps.network.changed() => {}
+            () = moved => {}
             Ok(()) = hub.changed() => {}
+        }
+    }
+
+    /// One attempt at a new session; none if it was overtaken by another hub, credential or network: it may wait for
+    /// an absent device for minutes, and would do so in the wrong place.
+    async fn attempt_while_it_holds(&self) -> Option<Result<(Session, CarrierMonitor), AttemptError>> {
+        let begun = Instant::now();
+        let (mut hub, mut network) = (self.deps.hub.clone(), self.deps.network.from_now());
+        hub.mark_unchanged();
+        let moved = async {
+            loop {
+                network.changed().await;
+                if begun.elapsed() >= SETTLED {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            attempt = self.attempt() => Some(attempt),
+            Ok(()) = hub.changed() => None,
+            () = moved => None,
         }
     }
 
