@@ -6,7 +6,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -37,6 +40,11 @@ const SUSPECT_RETRY: Duration = Duration::from_millis(1500);
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(35);
 /// The first attempt after a loss under live connections begins within this time, in microseconds.
 const URGENT_SPREAD_MICROS: u64 = 200_000;
+/// An attempt that logs in holds off others this long, and a login that was given up may take the session over this
+/// much later: the hub knows one session per device, so two logins at once would end each other.
+const LOGIN_HOLD: Duration = Duration::from_secs(10);
+/// Between attempts at the configured hub or credential while the former one is in use because it does not work.
+const CONFIGURED_RETRY: Duration = Duration::from_secs(30);
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
 const MAX_WAITING: usize = 64;
 
@@ -76,6 +84,16 @@ struct Keeper {
     deps: ControlDeps,
     session: Option<ControlSession>,
     attempts: FuturesUnordered<Attempt>,
+    /// When each attempt began, and whether it logs in.
+    begun: Vec<(Instant, Arc<AtomicBool>)>,
+    /// Until then, being taken over may be the work of a login of ours that was given up.
+    own_takeover: Instant,
+    /// The client that opened the last session.
+    proven: Option<HubClient>,
+    /// The configured client failed since it was last passed over for the proven one.
+    doubted: bool,
+    /// The hub asked to be left alone until then.
+    not_before: Instant,
     /// When the next attempt begins; `None` while the session in use is good.
     next: Option<Instant>,
     renew: Instant,
@@ -91,7 +109,7 @@ enum Action {
     Request(StreamRequest),
     Ended(SessionError),
     Opened(HubClient, Box<ControlSession>),
-    Failed(SessionError),
+    Failed(HubClient, SessionError),
     Begin,
     Renew,
     Suspect,
@@ -103,19 +121,7 @@ enum Action {
 
 /// Keeps the session until `stop`.
 pub(super) async fn keep(deps: ControlDeps, stop: CancellationToken) {
-    let now = Instant::now();
-    let mut keeper = Keeper {
-        deps,
-        session: None,
-        attempts: FuturesUnordered::new(),
-        next: Some(now),
-        renew: now + RENEW_AFTER,
-        retry: Retry::default(),
-        opened: now,
-        waiting: VecDeque::new(),
-        last_problem: String::new(),
-        was_connected: false,
-    };
+    let mut keeper = Keeper::new(deps);
     loop {
         match keeper.next(&stop).await {
             Action::Stop => break,
@@ -128,6 +134,27 @@ pub(super) async fn keep(deps: ControlDeps, stop: CancellationToken) {
 }
 
 impl Keeper {
+    fn new(deps: ControlDeps) -> Self {
+        let now = Instant::now();
+        Self {
+            deps,
+            session: None,
+            attempts: FuturesUnordered::new(),
+            begun: Vec::new(),
+            own_takeover: now,
+            proven: None,
+            doubted: false,
+            not_before: now,
+            next: Some(now),
+            renew: now + RENEW_AFTER,
+            retry: Retry::default(),
+            opened: now,
+            waiting: VecDeque::new(),
+            last_problem: String::new(),
+            was_connected: false,
+        }
+    }
+
     /// Every await of the loop.
     async fn next(&mut self, stop: &CancellationToken) -> Action {
         let monitor = self.session.as_ref().map(ControlSession::monitor);
@@ -141,7 +168,7 @@ impl Keeper {
             },
             Some((hub, opened)) = self.attempts.next(), if !self.attempts.is_empty() => match opened {
                 Ok(session) => Action::Opened(hub, Box::new(session)),
-                Err(error) => Action::Failed(error),
+                Err(error) => Action::Failed(hub, error),
             },
             () = sleep_until(begin.unwrap_or_else(Instant::now)), if begin.is_some() => Action::Begin,
             () = sleep_until(self.renew), if watching => Action::Renew,
@@ -165,7 +192,7 @@ impl Keeper {
             }
             Action::Ended(error) => self.ended(&error),
             Action::Opened(hub, session) => self.opened(hub, *session),
-            Action::Failed(error) => self.failed(&error),
+            Action::Failed(hub, error) => self.failed(&hub, &error),
             Action::Begin => self.begin(),
             Action::Renew => {
                 debug!("the credential ends soon; opening the next control session");
@@ -179,10 +206,13 @@ impl Keeper {
                 if let Some(session) = &self.session {
                     session.monitor().probe();
                 } else {
-                    self.next = Some(Instant::now());
+                    self.next = Some(self.not_before.max(Instant::now()));
                 }
             }
-            Action::HubChanged => self.next = Some(Instant::now()),
+            Action::HubChanged => {
+                self.doubted = false;
+                self.next = Some(Instant::now());
+            }
             Action::Publish(topic) => self.publish(topic),
         }
     }
@@ -192,19 +222,55 @@ impl Keeper {
         // attempt at a time must do: a hub that is slow because a fleet comes back must not be asked fourfold.
         let beside = if (self.deps.is_urgent)() { SUSPECT_RETRY } else { ATTEMPT_LIMIT };
         self.next = Some(Instant::now() + beside);
-        let hub = self.deps.hub.borrow_and_update().clone();
+        self.begun.retain(|(begun, _)| *begun + LOGIN_HOLD > Instant::now());
+        if self.is_logging_in() {
+            self.next = Some(Instant::now() + SUSPECT_RETRY);
+            return;
+        }
+        let hub = self.choose();
+        let logs_in = Arc::new(AtomicBool::new(false));
+        self.begun.push((Instant::now(), logs_in.clone()));
         self.attempts.push(Box::pin(async move {
-            let opened = ControlSession::open(&hub).await;
+            let opened = ControlSession::open(&hub, || logs_in.store(true, Ordering::Relaxed)).await;
+            logs_in.store(false, Ordering::Relaxed);
             (hub, opened)
         }));
     }
 
+    /// True if an attempt of ours has reached the hub, which may end another session of this device for it.
+    fn is_logging_in(&self) -> bool {
+        self.begun.iter().any(|(_, logs_in)| logs_in.load(Ordering::Relaxed))
+    }
+
+    /// The hub client for the next attempt: the configured one, and every other time the one that worked last if the
+    /// configured one does not work and there is no session, or soon none. Whoever edits the credential through the
+    /// tunnel that it opens can still correct it tomorrow.
+    fn choose(&mut self) -> HubClient {
+        let configured = self.deps.hub.borrow_and_update().clone();
+        let is_needed = self.session.is_none() || Instant::now() >= self.renew;
+        match &self.proven {
+            Some(proven) if self.doubted && is_needed && !proven.is_same(&configured) => {
+                self.doubted = false;
+                proven.clone()
+            }
+            _ => configured,
+        }
+    }
+
     fn opened(&mut self, hub: HubClient, session: ControlSession) {
+        if self.is_logging_in() {
+            self.own_takeover = Instant::now() + LOGIN_HOLD;
+        }
         self.attempts.clear();
-        self.next = None;
+        self.begun.clear();
         self.opened = Instant::now();
+        // An attempt at a former hub may succeed after the configuration has changed: that is tried all the same.
+        let is_configured = self.deps.hub.borrow().is_same(&hub);
+        let again = if self.doubted { CONFIGURED_RETRY } else { Duration::ZERO };
+        self.next = (!is_configured).then(|| self.opened + again);
+        self.proven = Some(hub.clone());
         self.renew = if hub.renews() { self.opened + RENEW_AFTER } else { self.opened + Duration::from_secs(86_400) };
-        if self.session.is_none() {
+        if matches!(*self.deps.state.borrow(), ControlState::Waiting(_)) {
             let again = if self.was_connected { " again" } else { "" };
             info!(hub = hub.name(), "connected to the hub{again}, ready for device streams");
         }
@@ -224,25 +290,41 @@ impl Keeper {
 
     fn ended(&mut self, error: &SessionError) {
         self.session = None;
-        self.deps.metrics.connected.set(0);
         self.retry.lived(self.opened.elapsed());
+        if matches!(error, SessionError::TakenOver) && self.is_logging_in() {
+            // By ourselves: the hub lets go of the old session at the login of the new one.
+            debug!("the new control session has replaced the old one");
+            return;
+        }
+        self.deps.metrics.connected.set(0);
         let delay = match error.failure() {
             // A person is waiting: at once, but not a whole fleet in the same instant.
             Failure::Path if (self.deps.is_urgent)() => Duration::from_micros(random_u64() % URGENT_SPREAD_MICROS),
+            _ if matches!(error, SessionError::TakenOver) && Instant::now() < self.own_takeover => {
+                Duration::from_micros(random_u64() % URGENT_SPREAD_MICROS)
+            }
             Failure::Path => self.retry.after(Failure::Answered(None), false).delay,
-            other @ (Failure::Refused | Failure::Answered(_)) => self.retry.after(other, false).delay,
+            other @ (Failure::Refused | Failure::Answered(_)) => {
+                let next = self.retry.after(other, false);
+                self.not_before = Instant::now() + next.at_least;
+                next.delay
+            }
         };
         self.next = Some(Instant::now() + delay);
         warn!(retry_seconds = delay.as_secs_f64(), "the control session with the hub ended: {error}");
         self.deps.state.send_replace(ControlState::Waiting(error.to_string().into()));
     }
 
-    fn failed(&mut self, error: &SessionError) {
+    fn failed(&mut self, hub: &HubClient, error: &SessionError) {
+        self.doubted |= self.deps.hub.borrow().is_same(hub);
         let failure = error.failure();
         let is_beside = self.session.is_some();
         let next = self.retry.after(failure, is_beside || (self.deps.is_urgent)());
         let at = Instant::now() + next.delay;
-        self.next = Some(self.next.map_or(at, |next| if failure == Failure::Path { next.max(at) } else { at }));
+        self.not_before = self.not_before.max(Instant::now() + next.at_least);
+        // Others that are under way on a path that swallows packets keep their distance.
+        let others = self.next.filter(|_| failure == Failure::Path && !self.attempts.is_empty());
+        self.next = Some(others.map_or(at, |next| next.max(at)));
         let problem = error.to_string();
         if is_beside {
             if problem != self.last_problem {
@@ -250,6 +332,7 @@ impl Keeper {
             }
         } else {
             warn!(retry_seconds = next.delay.as_secs_f64(), "no control session with the hub: {problem}");
+            self.deps.metrics.connected.set(0);
             self.deps.state.send_replace(ControlState::Waiting(problem.as_str().into()));
         }
         self.last_problem = problem;
@@ -280,5 +363,106 @@ async fn suspect(monitor: Option<&crate::transport::carrier::CarrierMonitor>) {
     match monitor {
         Some(monitor) => monitor.suspect().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ProxyRule;
+
+    const HUB: &str = "HostName=127.0.0.1:1;DeviceId=pump-17;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+
+    fn hub() -> HubClient {
+        let authority = crate::transport::tls::testing::Authority::new();
+        let ca = crate::config::FileContents { path: "ca.pem".into(), contents: authority.pem().into() };
+        HubClient::new(&HUB.parse().unwrap(), Some(&ca), None, &ProxyRule::Off).unwrap()
+    }
+
+    fn keeper() -> (Keeper, watch::Sender<HubClient>, watch::Receiver<ControlState>) {
+        let hub = watch::Sender::new(hub());
+        let (state, seen) = watch::channel(ControlState::Connected);
+        let deps = ControlDeps {
+            hub: hub.subscribe(),
+            outbox: mpsc::channel(1).1,
+            requests: mpsc::channel(1).0,
+            state,
+            in_use: Arc::new(Mutex::new(hub.borrow().clone())),
+            is_urgent: Box::new(|| false),
+            network: NetworkChanges::start(CancellationToken::new()).0,
+            metrics: DeviceMetrics::default(),
+        };
+        (Keeper::new(deps), hub, seen)
+    }
+
+    /// An attempt that has got so far and no further.
+    fn attempt(keeper: &mut Keeper, logs_in: bool) {
+        keeper.begun.push((Instant::now(), Arc::new(AtomicBool::new(logs_in))));
+        keeper.attempts.push(Box::pin(std::future::pending()));
+    }
+
+    fn wait(keeper: &Keeper) -> Duration {
+        keeper.next.unwrap().saturating_duration_since(Instant::now())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn our_own_next_session_is_no_stranger_that_takes_over() {
+        let (mut keeper, _hub, state) = keeper();
+        attempt(&mut keeper, true);
+        keeper.next = Some(Instant::now() + SUSPECT_RETRY);
+        keeper.ended(&SessionError::TakenOver);
+        assert!(wait(&keeper) <= SUSPECT_RETRY);
+        assert!(matches!(*state.borrow(), ControlState::Connected), "a renewal is no outage");
+
+        keeper.begun.clear();
+        keeper.attempts.clear();
+        keeper.ended(&SessionError::TakenOver);
+        assert!(wait(&keeper) >= Duration::from_secs(30), "a stranger is left alone");
+        assert!(matches!(*state.borrow(), ControlState::Waiting(_)));
+
+        keeper.own_takeover = Instant::now() + LOGIN_HOLD;
+        keeper.ended(&SessionError::TakenOver);
+        assert!(wait(&keeper) < Duration::from_secs(1), "a login that we gave up may arrive late");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_login_is_not_overtaken_by_another_of_ours() {
+        let (mut keeper, _hub, _) = keeper();
+        attempt(&mut keeper, true);
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 1);
+        tokio::time::advance(LOGIN_HOLD).await;
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 2, "but a login that hangs is");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_credential_that_does_not_work_does_not_cost_the_one_that_did() {
+        let (mut keeper, configured, _) = keeper();
+        let proven = configured.borrow().clone();
+        keeper.proven = Some(proven.clone());
+        configured.send_replace(hub());
+        assert!(!keeper.choose().is_same(&proven), "the new one first");
+        let wrong = configured.borrow().clone();
+        keeper.failed(&wrong, &SessionError::Timeout);
+        assert!(keeper.choose().is_same(&proven), "without a session the old one is tried again");
+        assert!(keeper.choose().is_same(&wrong), "and then the new one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lone_attempt_that_failed_at_once_is_soon_made_again() {
+        let (mut keeper, hub, _) = keeper();
+        let hub = hub.borrow().clone();
+        keeper.next = Some(Instant::now() + ATTEMPT_LIMIT);
+        keeper.failed(&hub, &SessionError::Timeout);
+        assert!(wait(&keeper) <= Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_the_network_does_not_hurry_what_the_hub_forbade() {
+        let (mut keeper, _hub, _) = keeper();
+        keeper.ended(&SessionError::TakenOver);
+        keeper.apply(Action::Network);
+        assert!(wait(&keeper) >= Duration::from_secs(30));
     }
 }

@@ -118,11 +118,12 @@ pub(super) struct ControlSession {
 }
 
 impl ControlSession {
-    /// Connects, logs in and subscribes.
-    pub(super) async fn open(hub: &HubClient) -> Result<Self, SessionError> {
+    /// Connects, logs in and subscribes. Calls `reached` before it logs in, with which the hub ends an earlier session.
+    pub(super) async fn open(hub: &HubClient, reached: impl FnOnce() + Send) -> Result<Self, SessionError> {
         let token = hub.token();
         let path = if token.is_some() { PATH } else { PATH_X509 };
         let carrier = hub.control_carrier(path).await.map_err(|error| SessionError::Carrier(Box::new(error)))?;
+        reached();
         let ping = Box::pin(sleep(PING));
         let mut session = Self { carrier, inbox: BytesMut::new(), outbox: BytesMut::new(), unflushed: false, ping };
         timeout(OPEN_LIMIT, session.log_in(hub)).await.map_err(|_| SessionError::Timeout)??;
