@@ -172,8 +172,9 @@ impl MuxLegs {
         let mut table = self.lock();
         for old in table.sessions.values() {
             let is_same = old.peer.instance == entry.peer.instance && old.policy == entry.policy;
-            if is_same && old.peer.boot != entry.peer.boot {
-                debug!("a service daemon restarted; its earlier device stream ends");
+            if is_same {
+                // It restarted, or gave the earlier one up without a way to say so: it keeps one per device.
+                debug!("a service daemon begins anew; its earlier device stream ends");
                 old.end.cancel();
             }
         }
@@ -226,7 +227,7 @@ impl MuxLegs {
 
     /// Tells the hub at once when the carrier of a session is lost, and probes it when the network changes. No end.
     async fn watch(&self, key: u64) {
-        let mut network = self.network.clone();
+        let mut network = self.network.from_now();
         loop {
             let Some((link, monitor)) =
                 self.lock().sessions.get(&key).map(|entry| (entry.link.clone(), entry.monitor.clone()))
@@ -234,7 +235,8 @@ impl MuxLegs {
                 return std::future::pending().await;
             };
             tokio::select! {
-                () = network.changed() => monitor.probe(),
+                // The carrier may have been replaced since.
+                () = network.changed() => self.monitor(key).unwrap_or(monitor).probe(),
                 () = gone(link.as_ref()) => {
                     self.report_lost(key);
                     match &link {
@@ -244,6 +246,10 @@ impl MuxLegs {
                 }
             }
         }
+    }
+
+    fn monitor(&self, key: u64) -> Option<CarrierMonitor> {
+        self.lock().sessions.get(&key).map(|entry| entry.monitor.clone())
     }
 
     fn report_lost(&self, key: u64) {
@@ -312,10 +318,83 @@ impl LinkTable for Admission<'_> {
 
     fn admit(&self, peer: &PeerHello) -> Result<(), String> {
         let table = self.legs.lock();
-        let others = table.sessions.values().filter(|entry| entry.peer.instance != peer.instance).count();
+        // Its own earlier one ends when the new one begins.
+        let is_own = |entry: &&Entry| entry.peer.instance == peer.instance && entry.policy.as_ref() == self.policy;
+        let others = table.sessions.values().filter(|entry| !is_own(entry)).count();
         if others < self.legs.settings().max_services {
             return Ok(());
         }
         Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        forward::TargetMetrics,
+        transport::{
+            carrier::{Carrier, CarrierOptions},
+            hello::{BootId, InstanceId, LinkSettings},
+        },
+    };
+
+    fn legs(max_services: usize) -> MuxLegs {
+        let hello = LocalHello {
+            instance: InstanceId([0; 16]),
+            boot: BootId([0; 16]),
+            max_channels: 16,
+            receive_window: 65_536,
+            resume_for: Duration::ZERO,
+            links: LinkSettings::default(),
+        };
+        let settings = Settings { hello, limits: LinkLimits::default(), max_services };
+        let outlet = Outlet::new(&[], 1, TargetMetrics::default());
+        let network = NetworkChanges::start(CancellationToken::new()).0;
+        MuxLegs::new(settings, outlet, mpsc::channel(1).0, network, DeviceMetrics::default())
+    }
+
+    fn peer(instance: u8, boot: u8) -> PeerHello {
+        let (instance, boot) = (InstanceId([instance; 16]), BootId([boot; 16]));
+        PeerHello { instance, boot, max_channels: 16, receive_window: 65_536 }
+    }
+
+    async fn entry(instance: u8, boot: u8, policy: &str) -> Entry {
+        let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA).await;
+        Entry {
+            peer: peer(instance, boot),
+            policy: Some(policy.parse().unwrap()),
+            link: None,
+            sid: None,
+            monitor: carrier.monitor(),
+            mux: None,
+            end: CancellationToken::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_service_that_begins_anew_replaces_its_own_session_and_nobody_elses() {
+        let legs = legs(16);
+        let mut ends = Vec::new();
+        let mut registrations = Vec::new();
+        for (instance, boot, policy) in [(1, 1, "service"), (2, 1, "service"), (1, 1, "other"), (1, 1, "service")] {
+            let entry = entry(instance, boot, policy).await;
+            ends.push(entry.end.clone());
+            registrations.push(legs.register(entry));
+        }
+        let ended: Vec<_> = ends.iter().map(CancellationToken::is_cancelled).collect();
+        assert_eq!(ended, [true, false, false, false], "the same run of the same service holds one");
+    }
+
+    #[tokio::test]
+    async fn a_service_cannot_hide_behind_anothers_instance() {
+        let legs = legs(1);
+        let _first = legs.register(entry(1, 1, "service").await);
+        let admitted = |policy: &str| {
+            let policy = policy.parse().unwrap();
+            Admission { legs: &legs, policy: Some(&policy) }.admit(&peer(1, 2))
+        };
+        assert!(admitted("service").is_ok(), "its own earlier session ends");
+        assert!(admitted("other").is_err());
     }
 }
