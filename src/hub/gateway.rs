@@ -3,7 +3,7 @@
 //! Owns admission to a bridge by ticket and the hand-over of a connection that has switched protocols. Does not know
 //! how bytes are relayed or what MQTT says. Invariant: without a valid ticket nobody learns whether a bridge exists.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, header};
@@ -26,6 +26,9 @@ use crate::transport::carrier::{Carrier, CarrierOptions};
 /// Unsent bytes that the kernel may hold per leg. More would only make short messages wait behind bulk where nobody
 /// can reorder them; 128 KiB keep full rate at 50 ms, as measured for carriers (`transport::net`).
 const NOTSENT_LOWAT: u32 = 128 * 1024;
+
+/// How long a control session's Close may take; the same as on the MQTT listener.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Under every WebSocket of the hub.
 pub(in crate::hub) type Io = TlsStream<TcpStream>;
@@ -71,8 +74,9 @@ pub(in crate::hub) fn control(connection: &Arc<Connection>, request: &mut Reques
         let mut carrier = Carrier::server(io, early, CarrierOptions::HUB_CONTROL).await;
         let end = control::serve(&mut carrier, &connection.peer, &connection.hub, || connection.authenticated()).await;
         let (code, reason) = end.close();
-        // The peer may be gone; what matters to it has been sent.
-        let _ = carrier.close(code, reason).await;
+        // The peer may be gone; what matters to it has been sent. One that does not read is not waited for: what was
+        // written before the Close has no limit of its own.
+        let _ = tokio::time::timeout(GOODBYE, carrier.close(code, reason)).await;
     });
     offer.answer()
 }
