@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -41,7 +42,16 @@ pub(super) struct Supervisor {
     draining: JoinSet<()>,
     /// The configuration whose hub and credential are in use.
     hub_of: ServiceConfig,
-    hub_tried: Option<Instant>,
+    /// The trial of another configuration's hub and credential.
+    trial: Option<Trial>,
+    /// The configuration whose hub or credential did not work, and when it was found out.
+    refused: Option<(ServiceConfig, Instant)>,
+}
+
+/// A trial beside what is in use. Its own future, so that neither a reload nor a stop waits for it.
+struct Trial {
+    config: ServiceConfig,
+    outcome: BoxFuture<'static, Result<HubClient, String>>,
 }
 
 struct Entry {
@@ -57,7 +67,7 @@ impl Supervisor {
         let mut desired = shared.desired.subscribe();
         let hub_of = desired.borrow_and_update().clone();
         let (running, draining) = (BTreeMap::new(), JoinSet::new());
-        let mut supervisor = Self { shared, desired, inlets, running, draining, hub_of, hub_tried: None };
+        let mut supervisor = Self { shared, desired, inlets, running, draining, hub_of, trial: None, refused: None };
         supervisor.pass().await;
         supervisor
     }
@@ -72,9 +82,13 @@ impl Supervisor {
                 _ = passes.tick() => {}
                 changed = self.desired.changed() => if changed.is_err() { break },
                 Some(_) = self.draining.join_next() => continue,
+                outcome = outcome(&mut self.trial) => {
+                    self.tried(outcome);
+                    continue;
+                }
             }
             self.pass().await;
-            self.follow_hub().await;
+            self.follow_hub();
         }
         self.stop().await;
     }
@@ -161,36 +175,34 @@ impl Supervisor {
     }
 
     /// A changed hub or credential is tried beside the one in use, which is kept until the new one works.
-    async fn follow_hub(&mut self) {
+    fn follow_hub(&mut self) {
         let wanted = self.desired.borrow().clone();
-        let differs = wanted.connection_string != self.hub_of.connection_string
-            || wanted.ca != self.hub_of.ca
-            || wanted.proxy != self.hub_of.proxy;
-        if !differs {
-            self.hub_tried = None;
+        if is_same_hub(&wanted, &self.hub_of) {
+            (self.trial, self.refused) = (None, None);
             return;
         }
-        let changed_since = self.hub_tried.is_none_or(|tried| tried.elapsed() >= HUB_RETRY);
-        if !changed_since {
-            return;
-        }
-        self.hub_tried = Some(Instant::now());
-        match self.try_hub(&wanted).await {
-            Ok(hub) => {
-                info!(hub = hub.name(), "the changed hub or credential works and is in use");
-                self.shared.hub.send_replace(hub);
-                self.hub_of = wanted;
-                self.hub_tried = None;
-            }
-            Err(why) => warn!("the changed hub or credential does not work, so the old one stays in use: {why}"),
+        // What was found out about another configuration says nothing about this one.
+        let waits =
+            self.refused.as_ref().is_some_and(|(config, at)| is_same_hub(config, &wanted) && at.elapsed() < HUB_RETRY);
+        let runs = self.trial.as_ref().is_some_and(|trial| is_same_hub(&trial.config, &wanted));
+        if !waits && !runs {
+            self.trial = Some(Trial { outcome: Box::pin(try_hub(wanted.clone())), config: wanted });
         }
     }
 
-    async fn try_hub(&self, wanted: &ServiceConfig) -> Result<HubClient, String> {
-        let hub = HubClient::new(&wanted.connection_string, wanted.ca.as_ref(), None, &wanted.proxy);
-        let hub = hub.map_err(|error| error.to_string())?;
-        super::health::ask_hub(&hub).await?;
-        Ok(hub)
+    fn tried(&mut self, outcome: Result<HubClient, String>) {
+        let Some(Trial { config, .. }) = self.trial.take() else { return };
+        match outcome {
+            Ok(hub) => {
+                info!(hub = hub.name(), "the changed hub or credential works and is in use");
+                self.shared.hub.send_replace(hub);
+                (self.hub_of, self.refused) = (config, None);
+            }
+            Err(why) => {
+                warn!("the changed hub or credential does not work, so the old one stays in use: {why}");
+                self.refused = Some((config, Instant::now()));
+            }
+        }
     }
 
     /// Closes the listeners, then gives flows a moment.
@@ -204,5 +216,82 @@ impl Supervisor {
         // Rules that were removed earlier may drain for an hour; a stop does not wait for them.
         let all = async { while self.draining.join_next().await.is_some() {} };
         let _ = timeout(STOP_DRAIN + Duration::from_secs(3), all).await;
+    }
+}
+
+fn is_same_hub(one: &ServiceConfig, other: &ServiceConfig) -> bool {
+    one.connection_string == other.connection_string && one.ca == other.ca && one.proxy == other.proxy
+}
+
+async fn try_hub(wanted: ServiceConfig) -> Result<HubClient, String> {
+    let hub = HubClient::new(&wanted.connection_string, wanted.ca.as_ref(), None, &wanted.proxy);
+    let hub = hub.map_err(|error| error.to_string())?;
+    super::health::ask_hub(&hub).await?;
+    Ok(hub)
+}
+
+/// The outcome of the trial, if there is one. May be dropped and called again.
+async fn outcome(trial: &mut Option<Trial>) -> Result<HubClient, String> {
+    match trial {
+        Some(trial) => (&mut trial.outcome).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus::Registry;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::{
+        config::{FileContents, ProxyRule},
+        service::Service,
+        transport::tls::testing::Authority,
+    };
+
+    /// Much more than anything here takes, and less than the times that nothing here may wait for.
+    const SOON: Duration = Duration::from_secs(8);
+
+    /// A hub that takes connections and says nothing.
+    async fn silent_hub() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let key = "SharedAccessKeyName=service;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+        (listener, format!("HostName={address};{key}"))
+    }
+
+    #[tokio::test]
+    async fn a_hub_that_is_slow_to_try_holds_up_neither_rules_nor_corrections_nor_a_stop() {
+        let authority = Authority::new();
+        let state = authority.file().parent().unwrap().join("state");
+        let (_first, first) = silent_hub().await;
+        let (wrong, wrong_string) = silent_hub().await;
+        let (corrected, corrected_string) = silent_hub().await;
+        let mut config = ServiceConfig::new(first.parse().unwrap(), state);
+        config.ca = Some(FileContents { path: "ca.pem".into(), contents: authority.pem().into() });
+        config.proxy = ProxyRule::Off;
+        let service = Service::bind(config.clone(), &Registry::new()).await.unwrap();
+        let handle = service.handle();
+        let shutdown = CancellationToken::new();
+        let edits = async {
+            config.connection_string = wrong_string.parse().unwrap();
+            handle.reconfigure(config.clone());
+            let _trial = wrong.accept().await.unwrap();
+            let listen = ("web".parse().unwrap(), "127.0.0.1:0".parse().unwrap());
+            let mut rule = ForwardRule::new(listen.0, listen.1, "pump-17".parse().unwrap(), "web".parse().unwrap());
+            rule.connect = ConnectMode::OnDemand;
+            config.forwards.push(rule);
+            handle.reconfigure(config.clone());
+            while handle.listens_at("web").is_none() {
+                tokio::task::yield_now().await;
+            }
+            config.connection_string = corrected_string.parse().unwrap();
+            handle.reconfigure(config);
+            let _trial = corrected.accept().await.unwrap();
+            shutdown.cancel();
+        };
+        let all = async { tokio::join!(service.run(shutdown.clone()), edits) };
+        timeout(SOON, all).await.expect("it waited for a hub that does not answer");
     }
 }
