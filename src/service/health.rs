@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use http::Method;
 use serde_json::json;
 use tokio::{
@@ -20,8 +21,8 @@ use tokio::{
 
 use super::{Shared, tunnel::TunnelState};
 use crate::{
-    agent::{HubClient, is_unauthorized, random_bytes, skew_hint},
-    base::Name,
+    agent::{HubClient, is_unauthorized, random_bytes, random_u64, skew_hint},
+    base::{Backoff, Name},
     config::{ConnectMode, ForwardMode, ForwardRule},
     forward::Verdicted,
     proto::open::OpenRequest,
@@ -35,8 +36,12 @@ const CACHED: Duration = Duration::from_secs(30);
 const ECHO_LIMIT: Duration = Duration::from_secs(10);
 /// How often the hub is asked whether it accepts our credential.
 const HUB_CHECK: Duration = Duration::from_secs(60);
-/// After a failed check.
-const HUB_CHECK_AGAIN: Duration = Duration::from_secs(5);
+/// After failed checks: soon at first, and a fleet whose hub restarted not in step.
+const HUB_CHECK_AGAIN: Backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(60));
+/// Forwards that are examined at once: an offline device's takes all of its time.
+const CHECKS: usize = 16;
+/// A hub that did not answer is not asked sooner than this.
+const HUB_SOONEST: Duration = Duration::from_secs(1);
 /// For one question to the hub.
 const HUB_LIMIT: Duration = Duration::from_secs(15);
 
@@ -117,10 +122,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Asks the hub, for ever, whether it accepts our credential.
 pub(super) async fn watch_hub(shared: &Shared) {
     let mut hub = shared.hub.subscribe();
+    let mut failures = HUB_CHECK_AGAIN;
     loop {
         let client = hub.borrow_and_update().clone();
         let found = ask_hub(&client).await;
-        let pause = if found.is_ok() { HUB_CHECK } else { HUB_CHECK_AGAIN };
+        let pause = match &found {
+            Ok(()) => {
+                failures.reset();
+                HUB_CHECK
+            }
+            Err(_) => HUB_SOONEST + failures.next_delay(random_u64()),
+        };
         shared.metrics.set_hub_usable(found.is_ok());
         *lock(&shared.board.hub) = found.map_or_else(HubFinding::Bad, |()| HubFinding::Good);
         // A changed hub is asked at once.
@@ -161,9 +173,10 @@ pub(super) async fn watch_forwards(shared: &Shared) {
     checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         checks.tick().await;
-        for rule in shared.board.rules() {
+        let check = async |rule: ForwardRule| {
             check_forward(shared, rule.name.as_str()).await;
-        }
+        };
+        futures_util::stream::iter(shared.board.rules()).for_each_concurrent(CHECKS, check).await;
     }
 }
 
@@ -177,6 +190,10 @@ pub(super) async fn check_forward(shared: &Shared, name: &str) -> ForwardHealth 
         return found.clone();
     }
     let found = examine(shared, &rule).await;
+    if shared.board.rule(name).is_none() {
+        // Removed meanwhile: its series are not to come back.
+        return ForwardHealth::Unknown;
+    }
     match &found {
         ForwardHealth::Usable => shared.metrics.set_usable(name, true),
         ForwardHealth::Unusable(_) => shared.metrics.set_usable(name, false),
@@ -203,6 +220,7 @@ async fn examine(shared: &Shared, rule: &ForwardRule) -> ForwardHealth {
     match tunnel.state() {
         TunnelState::Idle if rule.connect == ConnectMode::OnDemand => ForwardHealth::Idle,
         TunnelState::Idle | TunnelState::Waiting { .. } => ForwardHealth::Unusable(tunnel.why()),
+        TunnelState::Up { link: Some(link), .. } if !link.attached() => ForwardHealth::Unusable(tunnel.why()),
         TunnelState::Up { mux, .. } => match timeout(ECHO_LIMIT, echo(&mux)).await {
             Ok(Ok(())) => ForwardHealth::Usable,
             Ok(Err(error)) => ForwardHealth::Unusable(format!("the echo failed: {error}")),
