@@ -16,12 +16,12 @@ const CEILING: Duration = Duration::from_secs(60);
 /// Between attempts on a failing path while flows wait (issue 4): short, because a person is waiting. A third more or
 /// less, so that daemons that lost one hub in the same instant do not come back in step for ever.
 const PATH_RETRY: Duration = Duration::from_millis(1500);
+const PATH_RETRY_SPREAD_MICROS: u64 = 1_000_000;
 /// The longest delay while connections wait and nothing listens at the hub's address, as while it restarts: a person
 /// is waiting. Such an attempt costs the hub's host one refused SYN; only daemons with open connections make it.
 const REFUSED_CEILING: Duration = Duration::from_secs(2);
 /// So many of these, about half a minute; a hub that is down for longer is left alone like any other.
 const REFUSED_ATTEMPTS: u32 = 30;
-const PATH_RETRY_SPREAD_MICROS: u64 = 1_000_000;
 /// A session that lived this long was healthy: the schedule begins again.
 const HEALTHY: Duration = Duration::from_secs(30);
 

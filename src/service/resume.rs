@@ -125,13 +125,7 @@ struct Attempts<'a> {
 }
 
 impl<'a> Attempts<'a> {
-    fn new(
-        deps: &'a TunnelDeps,
-        device: &'a Identity,
-        link: &'a LinkControl,
-        mux: &'a Mux,
-        next: Instant,
-    ) -> Self {
+    fn new(deps: &'a TunnelDeps, device: &'a Identity, link: &'a LinkControl, mux: &'a Mux, next: Instant) -> Self {
         let (running, asked) = (FuturesUnordered::new(), Asked::default());
         Self { deps, device, link, mux, running, asked, next, retry: Retry::default() }
     }
