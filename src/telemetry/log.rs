@@ -13,7 +13,7 @@ use tracing::{Level, field::Field};
 use tracing_subscriber::{
     Layer, Registry,
     field::MakeExt as _,
-    filter::Targets,
+    filter::{LevelFilter, Targets},
     fmt::format::{Writer, debug_fn},
     layer::SubscriberExt as _,
     reload,
@@ -93,7 +93,24 @@ fn parse_level(text: &str) -> Result<Targets, LogError> {
     if let Ok(level) = text.parse::<Level>() {
         return Ok(Targets::new().with_default(Level::WARN).with_target("culvert", level));
     }
-    text.parse().map_err(|_| error())
+    text.parse().map(without_payload).map_err(|_| error())
+}
+
+/// Libraries that print what they carry when they trace: tickets and tokens, and people's connections.
+const PRINTS_PAYLOAD: [&str; 2] = ["tungstenite", "tokio_tungstenite"];
+
+/// The same filter, but these libraries never below debug, whatever an operator asks for.
+fn without_payload(asked: Targets) -> Targets {
+    let is_theirs = |target: &str| PRINTS_PAYLOAD.iter().any(|name| target.starts_with(name));
+    let highest = LevelFilter::DEBUG;
+    let default = asked.default_level().unwrap_or(LevelFilter::OFF);
+    let capped = PRINTS_PAYLOAD.map(|name| (name.to_owned(), default.min(highest)));
+    let listed = asked.into_iter().map(|(target, level)| {
+        let level = if is_theirs(&target) { level.min(highest) } else { level };
+        (target, level)
+    });
+    // Later entries replace earlier ones of the same name.
+    Targets::new().with_default(default).with_targets(capped).with_targets(listed)
 }
 
 type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Targets, Registry>, Registry>;
@@ -205,5 +222,15 @@ mod tests {
         let list = parse_level("info,culvert::hub=trace").unwrap();
         assert!(list.would_enable("culvert::hub", &Level::TRACE) && !list.would_enable("culvert", &Level::DEBUG));
         assert!(parse_level("culvert=loud").is_err());
+    }
+
+    #[test]
+    fn no_level_makes_a_library_print_what_it_carries() {
+        for level in ["trace", "trace,culvert=debug", "tungstenite=trace", "tungstenite::protocol=trace,info"] {
+            let targets = parse_level(level).unwrap();
+            assert!(!targets.would_enable("tungstenite::protocol", &Level::TRACE), "{level}");
+        }
+        assert!(parse_level("trace,tungstenite=warn").unwrap().would_enable("hyper", &Level::TRACE));
+        assert!(!parse_level("trace,tungstenite=warn").unwrap().would_enable("tungstenite::protocol", &Level::DEBUG));
     }
 }
