@@ -6,7 +6,7 @@ use crate::support::{
     End, Proxy, World,
     bytes::Pattern,
     client::{exchange, read_to_end},
-    connect, eventually, targets,
+    connect, targets,
 };
 
 fn settings(proxy: &Proxy, more: &str) -> String {
@@ -84,7 +84,6 @@ fn connections_wait_for_a_hub_that_is_stopped_and_started_again() {
     greet(b"one..");
     assert_eq!(world.hub.daemon.stop(), Some(0));
     world.service.wait_for_metric("culvert_links_attached", &[], |attached| attached == 0.0);
-    eventually("the service to say that it waits", || (world.service.page("/readyz").status != 200).then_some(()));
     world.hub.daemon.start_again();
     greet(b"two..");
     world.wait_until_usable();
