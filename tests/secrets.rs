@@ -2,6 +2,8 @@
 //!
 //! The secrets are those of a fresh installation; what is made on the fly (tokens, tickets) is recognised by its form.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},

@@ -54,7 +54,9 @@ fn locked(lock: &str) -> BTreeMap<String, Vec<String>> {
             let line = package.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = "));
             line.map(|value| value.trim_matches('"').to_owned())
         };
-        locked.entry(field("name").unwrap()).or_default().push(field("version").unwrap());
+        if let (Some(name), Some(version)) = (field("name"), field("version")) {
+            locked.entry(name).or_default().push(version);
+        }
     }
     locked
 }
@@ -73,8 +75,8 @@ fn too_old(locked: &BTreeMap<String, Vec<String>>) -> Vec<String> {
 
 /// The three numbers of a version; a pre-release counts as its release.
 fn number(version: &str) -> Vec<u64> {
-    let release = version.split(['-', '+']).next().unwrap();
-    let numbers: Vec<u64> = release.split('.').map(|part| part.parse().unwrap()).collect();
+    let release = version.split(['-', '+']).next().unwrap_or_default();
+    let numbers: Vec<u64> = release.split('.').filter_map(|part| part.parse().ok()).collect();
     assert_eq!(numbers.len(), 3, "{version}");
     numbers
 }
