@@ -1,5 +1,7 @@
 //! The program and its unit files, from outside.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
+
 use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -171,13 +173,14 @@ impl Quickstart {
         let log = fs::File::create(folder.0.join("log")).unwrap();
         let dir = folder.file("demo");
         let mut command = Command::new(PROGRAM);
-        let mut child = command.args(["quickstart", "--dir", &dir]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let child = command.args(["quickstart", "--dir", &dir]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut quickstart = Self(child);
+        let lines = BufReader::new(quickstart.0.stdout.take().unwrap()).lines();
         let mut said = String::new();
         for line in lines {
             said += &(line.unwrap() + "\n");
             if said.contains("Ctrl-C") {
-                return (Self(child), said);
+                return (quickstart, said);
             }
         }
         panic!("quickstart ended:\n{}", fs::read_to_string(folder.0.join("log")).unwrap());
