@@ -196,7 +196,10 @@ fn write(folder: &Folder, name: &str, text: &str) -> io::Result<()> {
 }
 
 fn start(command: &mut Command, folder: &Folder, name: &str) -> io::Result<Child> {
-    let log = folder.0.join(format!("{name}.log"));
+    // Not beside the configuration: the daemons watch that folder.
+    let logs = folder.0.join("logs");
+    fs::create_dir_all(&logs)?;
+    let log = logs.join(format!("{name}.log"));
     let log = fs::OpenOptions::new().create(true).append(true).open(log)?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     command.spawn().map_err(|error| io::Error::other(format!("{name}: {error}")))

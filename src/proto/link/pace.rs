@@ -6,8 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Room for a receiver that is scheduled late: without it, a path of microseconds would get a window of nothing.
-const SCHEDULING_SLACK: Duration = Duration::from_millis(4);
+/// Room for a receiver that is scheduled late: without it, a path of microseconds would get a window of nothing. Not
+/// more: what is on the way here is ahead of every keystroke, and what is not waits above, where it can be ordered.
+const SCHEDULING_SLACK: Duration = Duration::from_micros(500);
 
 /// An acknowledgement without data to ride on waits this long for some: longer than an echo takes on most paths, far
 /// shorter than the 5 s after which unanswered data make a carrier suspect.
