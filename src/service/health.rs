@@ -16,7 +16,7 @@ use http::Method;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
 use super::{Shared, tunnel::TunnelState};
@@ -42,6 +42,8 @@ const HUB_CHECK_AGAIN: Backoff = Backoff::new(Duration::from_secs(5), Duration::
 const CHECKS: usize = 16;
 /// A hub that did not answer is not asked sooner than this.
 const HUB_SOONEST: Duration = Duration::from_secs(1);
+/// When device streams are lost or cannot be opened, the hub is asked at once, but not more often than this.
+const HUB_DOUBTED: Duration = Duration::from_secs(2);
 /// For one question to the hub.
 const HUB_LIMIT: Duration = Duration::from_secs(15);
 
@@ -135,8 +137,16 @@ pub(super) async fn watch_hub(shared: &Shared) {
         };
         shared.metrics.set_hub_usable(found.is_ok());
         *lock(&shared.board.hub) = found.map_or_else(HubFinding::Bad, |()| HubFinding::Good);
-        // A changed hub is asked at once.
-        let _ = timeout(pause, hub.changed()).await;
+        let trouble = async {
+            sleep(pause.min(HUB_DOUBTED)).await;
+            shared.trouble.notified().await;
+        };
+        tokio::select! {
+            () = sleep(pause) => {}
+            // A changed hub is asked at once, and so is one that device streams have trouble with.
+            _ = hub.changed() => {}
+            () = trouble => {}
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use futures_util::future::BoxFuture;
 use prometheus::Registry;
 use serde_json::json;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use client::{Client, ClientError, DeviceStream};
@@ -86,6 +86,7 @@ pub(crate) struct Shared {
     connector: ServiceConnector,
     board: HealthBoard,
     metrics: ServiceMetrics,
+    trouble: Arc<Notify>,
     stop: CancellationToken,
     /// Taken by the supervisor when it begins.
     network: Mutex<Option<CancellationToken>>,
@@ -116,7 +117,8 @@ impl Service {
         let hub = watch::Sender::new(hub);
         let settings = watch::Sender::new(TunnelSettings { hello, limits });
         let (hubs, settings_in_force) = (hub.subscribe(), settings.subscribe());
-        let deps = TunnelDeps { hub: hubs, settings: settings_in_force, network, metrics: metrics.clone() };
+        let trouble = Arc::new(Notify::new());
+        let deps = TunnelDeps { hub: hubs, settings: settings_in_force, network, metrics: metrics.clone(), trouble: trouble.clone() };
         let tunnels = Tunnels::new(deps, stop.clone());
         let connector = ServiceConnector::new(hub.subscribe(), tunnels.clone(), &config.limits);
         let shared = Arc::new(Shared {
@@ -126,6 +128,7 @@ impl Service {
             tunnels,
             board: HealthBoard::default(),
             metrics,
+            trouble,
             stop,
             network: Mutex::new(Some(network_stop)),
             connector: connector.clone(),

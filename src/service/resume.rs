@@ -76,6 +76,7 @@ pub(super) async fn keep_attached(
         }
         // The link itself tells people when it is lost and resumed.
         debug!("{suspicion}; trying another carrier");
+        deps.trouble.notify_one();
         let attempts = Attempts::new(deps, device, link, mux, first_attempt(attached));
         match attempts.run(&monitor).await {
             Outcome::Attached(next) => {

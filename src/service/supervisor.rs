@@ -123,6 +123,7 @@ impl Supervisor {
             }
             Err(error) => {
                 let problem = error.to_string();
+                self.inlets.metrics.set_listening(&rule.name, false);
                 // Once per cause, not once per pass.
                 if before.as_ref() != Some(&problem) {
                     warn!(forward = %rule.name, "{problem}; it will be tried again");
@@ -144,6 +145,7 @@ impl Supervisor {
         }
         if gone {
             self.running.remove(name);
+            self.inlets.metrics.forget(name);
             self.shared.metrics.forget_forward(name.as_str());
         }
     }

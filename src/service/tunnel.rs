@@ -53,6 +53,8 @@ pub(crate) struct TunnelDeps {
     pub network: NetworkChanges,
     /// Counts.
     pub metrics: ServiceMetrics,
+    /// Told when a carrier is lost or an attempt fails: is it the hub?
+    pub trouble: Arc<Notify>,
 }
 
 /// What we say of ourselves, and the bounds of the mux.
@@ -234,6 +236,7 @@ impl Keeper {
                     let next = self.retry.after(error.failure(), false);
                     warn!(device = %self.device, retry_seconds = next.delay.as_secs_f64(), "no device stream: {why}");
                     self.deps.metrics.attempt_failed(&self.device);
+                    self.deps.trouble.notify_one();
                     self.attempts += 1;
                     self.waiting(&why, since, error.is_refusal());
                     self.pause(next).await;
