@@ -118,7 +118,13 @@ impl Service {
         let settings = watch::Sender::new(TunnelSettings { hello, limits });
         let (hubs, settings_in_force) = (hub.subscribe(), settings.subscribe());
         let trouble = Arc::new(Notify::new());
-        let deps = TunnelDeps { hub: hubs, settings: settings_in_force, network, metrics: metrics.clone(), trouble: trouble.clone() };
+        let deps = TunnelDeps {
+            hub: hubs,
+            settings: settings_in_force,
+            network,
+            metrics: metrics.clone(),
+            trouble: trouble.clone(),
+        };
         let tunnels = Tunnels::new(deps, stop.clone());
         let connector = ServiceConnector::new(hub.subscribe(), tunnels.clone(), &config.limits);
         let shared = Arc::new(Shared {
