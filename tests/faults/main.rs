@@ -96,7 +96,7 @@ impl World {
         if recorded != i64::try_from(transactions).unwrap() {
             faults.push(format!("{transactions} transactions were reported and {recorded} recorded"));
         }
-        for host in [Host::Hub, Host::Device, Host::Service] {
+        for host in [Host::Device, Host::Service] {
             let log = self.daemons.log(host);
             let bad = |line: &&str| {
                 ["ERROR", "panicked", "link ended", "device stream ended"].iter().any(|word| line.contains(word))

@@ -24,9 +24,10 @@ use super::{
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 /// Something is typed this often.
 const TYPE_EVERY: Duration = Duration::from_millis(200);
-/// The shell's program: counts, and repeats what is typed.
-const COUNT: &str = "stty -echo; echo N 0; i=0; while :; do if read -t 0.05 x; then echo E $x; else i=$((i+1)); \
-    echo N $i; fi; done";
+/// The shell's program: counts, and repeats what is typed. A `read` that times out in the middle of a line gives what it
+/// has.
+const COUNT: &str = "stty -echo; echo N 0; i=0; p=; while :; do if read -t 0.05 x; then echo E $p$x; p=; \
+    else p=$p$x; i=$((i+1)); echo N $i; fi; done";
 
 /// An interactive shell through ssh whose numbers must come each once and in order, in both directions.
 pub(crate) struct Shell {
