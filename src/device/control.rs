@@ -32,8 +32,8 @@ use crate::{
 
 /// A new session is opened at this share of the token's life, as the SDKs do: 80 %.
 const RENEW_AFTER: Duration = Duration::from_secs(TOKEN_LIFETIME * 4 / 5);
-/// Attempts at once: on a path that swallows packets, a dial gives up after 10 s.
-const MAX_ATTEMPTS: usize = 4;
+/// Attempts at once: on a path that swallows packets a dial gives up after 10 s, in which seven begin.
+const MAX_ATTEMPTS: usize = 8;
 /// Between attempts while device streams wait for the control session to be asked through.
 const SUSPECT_RETRY: Duration = Duration::from_millis(1500);
 /// An attempt that takes longer has failed or will: 10 s to connect, 10 s for TLS, 10 s for the upgrade, and some.
@@ -100,6 +100,8 @@ struct Keeper {
     retry: Retry,
     opened: Instant,
     waiting: VecDeque<String>,
+    /// What was published on the session in use, and when: it is lost if nothing was heard since.
+    published: VecDeque<(Instant, String)>,
     last_problem: String,
     was_connected: bool,
 }
@@ -150,6 +152,7 @@ impl Keeper {
             retry: Retry::default(),
             opened: now,
             waiting: VecDeque::new(),
+            published: VecDeque::new(),
             last_problem: String::new(),
             was_connected: false,
         }
@@ -279,17 +282,28 @@ impl Keeper {
         *self.deps.in_use.lock().unwrap_or_else(PoisonError::into_inner) = hub;
         self.deps.metrics.connected.set(1);
         self.deps.state.send_replace(ControlState::Connected);
-        if let Some(old) = self.session.replace(session) {
-            // The hub has ended it already; what it still carried is asked again on the new one.
-            drop(old);
-        }
+        // The hub has ended the old one already; what it still carried is asked again on the new one.
+        self.drop_session();
+        self.session = Some(session);
         for topic in std::mem::take(&mut self.waiting) {
             self.publish(topic);
         }
     }
 
+    /// What was published since the hub was last heard is published again on the next session: an answer to a request
+    /// that is settled and a notice of a leg that is gone change nothing.
+    fn drop_session(&mut self) {
+        let Some(old) = self.session.take() else { return };
+        let heard = Instant::now().checked_sub(old.monitor().silent_for());
+        for (at, topic) in std::mem::take(&mut self.published) {
+            if heard.is_none_or(|heard| at >= heard) {
+                self.keep_for_later(topic);
+            }
+        }
+    }
+
     fn ended(&mut self, error: &SessionError) {
-        self.session = None;
+        self.drop_session();
         self.retry.lived(self.opened.elapsed());
         if matches!(error, SessionError::TakenOver) && self.is_logging_in() {
             // By ourselves: the hub lets go of the old session at the login of the new one.
@@ -341,10 +355,19 @@ impl Keeper {
     fn publish(&mut self, topic: String) {
         if let Some(session) = &mut self.session {
             match session.publish(&topic) {
-                Ok(()) => return,
+                Ok(()) => {
+                    if self.published.len() == MAX_WAITING {
+                        self.published.pop_front();
+                    }
+                    return self.published.push_back((Instant::now(), topic));
+                }
                 Err(error) => self.ended(&error),
             }
         }
+        self.keep_for_later(topic);
+    }
+
+    fn keep_for_later(&mut self, topic: String) {
         if self.waiting.len() == MAX_WAITING {
             self.waiting.pop_front();
         }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     task::JoinSet,
     time::{Instant, timeout},
 };
@@ -73,6 +73,8 @@ struct Entry {
     /// The bridge of the present carrier, and a view of it.
     sid: Option<String>,
     monitor: CarrierMonitor,
+    /// Rings when the link has another carrier.
+    resumed: Arc<Notify>,
     /// The mux, once it runs.
     mux: Option<Mux>,
     /// Ends the session.
@@ -122,6 +124,8 @@ impl MuxLegs {
             Ok(Received::New(session)) => self.serve_new(session, policy, sid, monitor, stop).await,
             Ok(Received::Resumed(link)) => self.resumed(&link, sid, monitor),
             Err(error @ HelloError::Refused(_)) => info!("a mux device stream was not taken: {error}"),
+            // The service has another carrier by now, or tries again.
+            Err(error @ HelloError::Io(_)) => debug!("a mux device stream ended at its hello: {error}"),
             Err(error) => warn!("a mux device stream failed at its hello: {error}"),
         }
     }
@@ -133,6 +137,7 @@ impl MuxLegs {
         if let Some(entry) = entry {
             entry.sid = sid;
             entry.monitor = monitor;
+            entry.resumed.notify_one();
         }
     }
 
@@ -154,6 +159,7 @@ impl MuxLegs {
             link: link.clone(),
             sid,
             monitor,
+            resumed: Arc::default(),
             mux: None,
             end: end.clone(),
         };
@@ -225,18 +231,21 @@ impl MuxLegs {
         })
     }
 
-    /// Tells the hub at once when the carrier of a session is lost, and probes it when the network changes. No end.
+    /// Tells the hub at once when the carrier of a session is lost or does not answer, and probes it when the network
+    /// changes. Only the service can bring another carrier, and it cannot see what happens to ours. No end.
     async fn watch(&self, key: u64) {
         let mut network = self.network.from_now();
         loop {
-            let Some((link, monitor)) =
-                self.lock().sessions.get(&key).map(|entry| (entry.link.clone(), entry.monitor.clone()))
-            else {
-                return std::future::pending().await;
-            };
+            let entry =
+                self.lock().sessions.get(&key).map(|entry| {
+                    (entry.link.clone(), entry.monitor.clone(), entry.resumed.clone(), entry.sid.is_some())
+                });
+            let Some((link, monitor, resumed, may_report)) = entry else { return std::future::pending().await };
             tokio::select! {
                 // The carrier may have been replaced since.
                 () = network.changed() => self.monitor(key).unwrap_or(monitor).probe(),
+                () = resumed.notified() => {}
+                () = monitor.suspect(), if may_report => self.report_lost(key),
                 () = gone(link.as_ref()) => {
                     self.report_lost(key);
                     match &link {
@@ -367,6 +376,7 @@ mod tests {
             link: None,
             sid: None,
             monitor: carrier.monitor(),
+            resumed: Arc::default(),
             mux: None,
             end: CancellationToken::new(),
         }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::debug;
 
 use super::{
@@ -40,6 +40,13 @@ const SPREAD_MICROS: u64 = 200_000;
 const SHORT_LIFE: Duration = Duration::from_millis(1500);
 /// Attempts at once. A dial gives up after 10 s, in which seven begin.
 const MAX_ATTEMPTS: usize = 8;
+/// Data that the device has not acknowledged for so long, while nothing was heard from it: the hub is there, the device's
+/// leg may not be. A second carrier is tried beside the first.
+const SUSPECT_AFTER: Duration = Duration::from_secs(5);
+/// The same, and no second carrier came up: the link counts as detached. As long as a carrier's own silence.
+const DEAD_AFTER: Duration = Duration::from_secs(37);
+/// How often a silent device is looked after.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// While a link is detached its flows wait. The hub's wait for the device is shorter than for a new device stream, so
 /// that a request that a dying hub took with it is soon made again.
 const PATIENCE: Patience = Patience { connect: Duration::from_secs(60), response: Duration::from_secs(15) };
@@ -65,6 +72,7 @@ pub(super) async fn keep_attached(
             }
             why = detached(link) => format!("carrier lost: {why}"),
             () = monitor.suspect() => "the carrier does not answer".to_owned(),
+            () = unanswered(link, SUSPECT_AFTER) => "the device does not answer".to_owned(),
         };
         let Some(link) = link else {
             // Nothing can be resumed; the carrier's own limit decides.
@@ -146,6 +154,9 @@ impl<'a> Attempts<'a> {
                     self.next = Instant::now();
                     self.asked = Asked::default();
                 }
+                () = unanswered(Some(self.link), DEAD_AFTER) => {
+                    self.link.lose_carrier("no sign of life from the device");
+                }
                 _ = self.link.ended() => return Outcome::Ended,
                 () = recovered(self.link, old) => return Outcome::Recovered,
             }
@@ -212,13 +223,29 @@ impl Asked {
     }
 }
 
-/// Waits until the link is attached to a carrier that answers.
+/// Waits until the link is attached to a carrier that answers, and the device does so too.
 async fn recovered(link: &LinkControl, monitor: &CarrierMonitor) {
     if link.attached() {
         monitor.recovered().await;
+        while link.state().unanswered_for.is_some_and(|silent| silent >= SUSPECT_AFTER) {
+            sleep(LOOK_EVERY).await;
+        }
     }
     if !link.attached() {
         std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until something that the link sent has been unanswered for `limit`.
+async fn unanswered(link: Option<&LinkControl>, limit: Duration) {
+    let Some(link) = link else { return std::future::pending().await };
+    loop {
+        let state = link.state();
+        match state.unanswered_for.filter(|_| state.attached) {
+            Some(silent) if silent >= limit => return,
+            Some(silent) => sleep(limit - silent).await,
+            None => sleep(SUSPECT_AFTER).await,
+        }
     }
 }
 

@@ -251,6 +251,14 @@ impl LinkControl {
         self.fail(EndReason::ClosedHere(reason.to_owned()));
     }
 
+    /// Takes the carrier away: whoever watches over the link knows that it leads nowhere. The link waits for another.
+    pub fn lose_carrier(&self, why: &str) {
+        self.shared
+            .driver()
+            .lose(Instant::now().into_std(), Some(io::Error::new(io::ErrorKind::TimedOut, why.to_owned())));
+        self.shared.wakers.wake_both();
+    }
+
     /// A snapshot.
     pub fn state(&self) -> LinkState {
         let driver = self.shared.driver();

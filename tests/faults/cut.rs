@@ -35,11 +35,11 @@ pub(crate) enum Cut {
 /// Twenty cuts with each kind among them, in a little over three minutes.
 pub(crate) const ROUND: [Cut; 20] = [
     Cut::Kill(Host::Device),
+    Cut::Move,
+    Cut::Silence(Host::Device, 5),
+    Cut::Crash,
     Cut::Kill(Host::Service),
     Cut::Forget,
-    Cut::Crash,
-    Cut::Silence(Host::Device, 5),
-    Cut::Move,
     Cut::Kill(Host::Hub),
     Cut::Restart,
     Cut::Silence(Host::Service, 5),

@@ -135,7 +135,7 @@ fn nginx(lab: &Lab, dir: &Path) -> Child {
     let dir_text = dir.display();
     let config = format!(
         "daemon off; master_process off; user root; pid {dir_text}/nginx.pid; error_log stderr;\nevents {{}}\n\
-         http {{ access_log off; server {{ listen 127.0.0.1:7080; root {dir_text}/www; }} }}\n"
+         http {{ access_log off; send_timeout 600s; server {{ listen 127.0.0.1:7080; root {dir_text}/www; }} }}\n"
     );
     fs::write(dir.join("nginx.conf"), config).unwrap();
     let mut command = lab.on(Host::Device, "/usr/sbin/nginx");

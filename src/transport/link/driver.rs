@@ -392,7 +392,7 @@ impl Driver {
     }
 
     /// The carrier is gone; the link waits for the next one.
-    fn lose(&mut self, now: Instant, error: Option<io::Error>) {
+    pub(super) fn lose(&mut self, now: Instant, error: Option<io::Error>) {
         self.carrier = None;
         (self.sending, self.dirty) = (None, false);
         if !self.core.is_attached() {
