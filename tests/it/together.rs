@@ -63,9 +63,9 @@ fn three_services_reach_one_device_and_nobody_is_evicted() {
     world.hub.daemon.wait_for_metric("culvert_hub_bridges_open", &[], |open| open == 3.0);
     assert_eq!(connections(world.device.id(), world.hub.port), 4);
     let mut held = [world.forward("echo"), &more[0].1, &more[1].1].map(connect);
-    let mut greet = |index: usize| {
-        held[index].write_all(b"hello").unwrap();
+    let mut greet = |index: usize| -> std::io::Result<bool> {
         let mut answer = [0; 5];
+        held[index].write_all(b"hello")?;
         held[index].read_exact(&mut answer).map(|()| answer == *b"hello")
     };
     assert!((0..3).all(|index| greet(index).unwrap()));
