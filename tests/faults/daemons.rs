@@ -154,6 +154,7 @@ fn log_file(dir: &Path, role: &str) -> File {
 }
 
 /// Starts a daemon and waits until it says READY=1, as systemd does.
+#[allow(clippy::zombie_processes, reason = "the caller waits, and the lab ends what a failed test leaves")]
 fn spawn(lab: &Lab, dir: &Path, host: Host, role: &str) -> Child {
     let notify = dir.join(format!("{role}.notify"));
     let _ = fs::remove_file(&notify);

@@ -66,7 +66,8 @@ impl Shell {
 
     /// Waits until numbers come evenly again after `since`.
     pub(crate) fn wait_steady(&self, since: Instant, limit: Duration) -> Result<(), String> {
-        let (window, gap) = (Duration::from_secs(1), Duration::from_millis(400));
+        // A carrier that lived less than 1.5 s is not replaced at once, by design.
+        let (window, gap) = (Duration::from_secs(2), Duration::from_millis(400));
         let begun = Instant::now();
         loop {
             let now = Instant::now();
