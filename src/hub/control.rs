@@ -3,7 +3,7 @@
 //! Owns the order of a session's life, what each packet means, and which topics exist (wire.md, sections b and j).
 //! Does not know how the bytes arrived (TLS on 8883 or a WebSocket), what an invitation is for, or SQL.
 //! Invariant: nothing a device sends before it is authenticated is kept, and afterwards at most
-//! [`wire::MAX_PACKET`] bytes of input and [`wire::MAX_OUTPUT`] bytes of answers wait for it.
+//! `wire::MAX_PACKET` bytes of input and `wire::MAX_OUTPUT` bytes of answers wait for it.
 
 mod filters;
 mod login;

@@ -97,11 +97,6 @@ impl Stalls {
     pub(crate) fn add(&mut self, cut: Cut, stall: Duration) {
         self.0.entry(cut.to_string()).or_default().push(stall);
     }
-
-    /// The value that this share of all stalls does not exceed.
-    pub(crate) fn quantile(&self, share: f64) -> Duration {
-        quantile(self.0.values().flatten().copied().collect(), share)
-    }
 }
 
 impl fmt::Display for Stalls {

@@ -39,7 +39,7 @@ pub enum Kind {
 pub struct Head {
     /// What follows.
     pub kind: Kind,
-    /// Of DATA: [`ANSWER_AT_ONCE`]; of CLOSE: the code.
+    /// Of DATA: `ANSWER_AT_ONCE`; of CLOSE: the code.
     pub flags: u8,
     /// Bytes of payload.
     pub length: usize,
