@@ -61,7 +61,11 @@ impl Demo {
 
 async fn serve(socket: TcpStream) {
     let page = |_| async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(PAGE.as_bytes())))) };
-    let served = http1::Builder::new().serve_connection(TokioIo::new(socket), hyper::service::service_fn(page)).await;
+    let served = http1::Builder::new()
+        // A client that says no more may still listen: `culvert connect` at the end of a pipe.
+        .half_close(true)
+        .serve_connection(TokioIo::new(socket), hyper::service::service_fn(page))
+        .await;
     if let Err(error) = served {
         tracing::debug!(%error, "a connection to the demo ended");
     }
