@@ -234,7 +234,7 @@ impl HubClient {
             bearer: Some(ticket),
             user_agent: &self.shared.user_agent,
         };
-        Ok(Carrier::client(io, &upgrade, options).await?)
+        upgraded(io, &upgrade, options).await
     }
 
     /// Opens a control session's carrier.
@@ -248,8 +248,21 @@ impl HubClient {
             bearer: None,
             user_agent: &self.shared.user_agent,
         };
-        Ok(Carrier::client(io, &upgrade, CarrierOptions::CONTROL).await?)
+        upgraded(io, &upgrade, CarrierOptions::CONTROL).await
     }
+}
+
+async fn upgraded(
+    io: TlsStream<TcpStream>,
+    upgrade: &Upgrade<'_>,
+    options: CarrierOptions,
+) -> Result<HubCarrier, CarrierFailure> {
+    let address = io.get_ref().0.local_addr();
+    let carrier = Carrier::client(io, upgrade, options).await?;
+    if let Ok(address) = address {
+        carrier.comes_from(address);
+    }
+    Ok(carrier)
 }
 
 /// What to add to the message when the hub does not accept our credential: the usual cause is a clock.

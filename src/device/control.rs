@@ -23,12 +23,11 @@ use tracing::{debug, info, warn};
 
 use super::{
     metrics::DeviceMetrics,
-    mux_leg::PROBE_ANSWER,
     session::{ControlSession, SessionError},
 };
 use crate::{
     agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, random_u64},
-    proto::control::StreamRequest,
+    proto::control::{DeviceTopic, StreamRequest},
 };
 
 /// A new session is opened at this share of the token's life, as the SDKs do: 80 %.
@@ -103,8 +102,6 @@ struct Keeper {
     waiting: VecDeque<String>,
     /// What was published on the session in use, and when: it is lost if nothing was heard since.
     published: VecDeque<(Instant, String)>,
-    /// The network has changed: the session must have answered by then.
-    doubt: Option<Instant>,
     last_problem: String,
     was_connected: bool,
 }
@@ -118,7 +115,6 @@ enum Action {
     Begin,
     Renew,
     Suspect,
-    Doubt,
     Network,
     HubChanged,
     Publish(String),
@@ -157,7 +153,6 @@ impl Keeper {
             opened: now,
             waiting: VecDeque::new(),
             published: VecDeque::new(),
-            doubt: None,
             last_problem: String::new(),
             was_connected: false,
         }
@@ -181,7 +176,6 @@ impl Keeper {
             () = sleep_until(begin.unwrap_or_else(Instant::now)), if begin.is_some() => Action::Begin,
             () = sleep_until(self.renew), if watching => Action::Renew,
             () = suspect(monitor.as_ref()), if watching => Action::Suspect,
-            () = sleep_until(self.doubt.unwrap_or_else(Instant::now)), if self.doubt.is_some() => Action::Doubt,
             () = self.deps.network.changed() => Action::Network,
             Ok(()) = self.deps.hub.changed() => Action::HubChanged,
             Some(topic) = self.deps.outbox.recv() => Action::Publish(topic),
@@ -214,25 +208,21 @@ impl Keeper {
             Action::Network => {
                 if let Some(session) = &self.session {
                     session.monitor().probe();
-                    self.doubt.get_or_insert(Instant::now() + PROBE_ANSWER);
                 } else {
                     self.next = Some(self.not_before.max(Instant::now()));
-                }
-            }
-            Action::Doubt => {
-                self.doubt = None;
-                let silent =
-                    self.session.as_ref().is_some_and(|session| session.monitor().silent_for() >= PROBE_ANSWER);
-                if silent && self.next.is_none() && self.attempts.is_empty() {
-                    debug!("the network changed and the hub does not answer; trying another control session");
-                    self.next = Some(Instant::now());
                 }
             }
             Action::HubChanged => {
                 self.doubted = false;
                 self.next = Some(Instant::now());
             }
-            Action::Publish(topic) => self.publish(topic),
+            Action::Publish(topic) => {
+                // A leg that was lost casts a doubt on its neighbour, through which the hub shall learn of it.
+                if matches!(DeviceTopic::parse(&topic), DeviceTopic::Lost(_)) {
+                    self.session.iter().for_each(|session| session.monitor().probe());
+                }
+                self.publish(topic);
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinSet,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, info, warn};
@@ -32,9 +32,6 @@ use crate::{
     },
 };
 
-/// After a change of the network a probe is answered within this time, or the connection is taken for dead: addresses
-/// that are gone give no error. Longer than the round trip of any path but a satellite's; a wrong guess costs a resume.
-pub(super) const PROBE_ANSWER: Duration = Duration::from_secs(1);
 /// How long channels have to notice that their mux is gone; they only have to close their sockets.
 const CHANNELS_END: Duration = Duration::from_secs(5);
 /// How long a goodbye may take when the daemon stops.
@@ -214,6 +211,10 @@ impl MuxLegs {
                 Some(_) = channels.join_next(), if !channels.is_empty() => {}
             }
         };
+        if let Some(Err(_)) = ended {
+            // The hub may hold the other end of a carrier that broke here.
+            self.report_lost(key);
+        }
         if ended.is_none() {
             // The driver carries the goodbye, so that the service learns at once.
             mux.close();
@@ -238,7 +239,6 @@ impl MuxLegs {
     /// changes. Only the service can bring another carrier, and it cannot see what happens to ours. No end.
     async fn watch(&self, key: u64) {
         let mut network = self.network.from_now();
-        let mut doubt = None;
         loop {
             let entry =
                 self.lock().sessions.get(&key).map(|entry| {
@@ -247,18 +247,10 @@ impl MuxLegs {
             let Some((link, monitor, resumed, may_report)) = entry else { return std::future::pending().await };
             tokio::select! {
                 // The carrier may have been replaced since.
-                () = network.changed() => {
-                    self.monitor(key).unwrap_or(monitor).probe();
-                    doubt.get_or_insert(Instant::now() + PROBE_ANSWER);
-                }
-                () = sleep_until(doubt.unwrap_or_else(Instant::now)), if doubt.is_some() => {
-                    doubt = None;
-                    if may_report && monitor.silent_for() >= PROBE_ANSWER {
-                        self.report_lost(key);
-                    }
-                }
+                () = network.changed() => self.monitor(key).unwrap_or(monitor).probe(),
                 () = resumed.notified() => {}
-                () = monitor.suspect(), if may_report => self.report_lost(key),
+                // What cannot be resumed lives as long as its carrier does.
+                () = monitor.suspect(), if may_report && link.is_some() => self.report_lost(key),
                 () = gone(link.as_ref()) => {
                     self.report_lost(key);
                     match &link {

@@ -127,8 +127,9 @@ impl InitiateError {
             Self::Hub(error) if error.is_refused() => Failure::Refused,
             Self::Leg(error) => error.failure(),
             Self::Busy { retry_after, .. } => Failure::Answered(*retry_after),
-            // The hub has waited for the device already: ask again at once, and it goes on waiting.
-            Self::Offline { .. } => Failure::Answered(Some(Duration::ZERO)),
+            // The hub has waited for the device already: ask again at once, and it goes on waiting. A device that is
+            // silent may be at the far end of a path that is gone; it is asked again when it comes back.
+            Self::Offline { .. } | Self::Silent { .. } => Failure::Answered(Some(Duration::ZERO)),
             _ => Failure::Answered(None),
         }
     }

@@ -23,6 +23,7 @@ mod upgrade;
 use std::{
     collections::VecDeque,
     io::{self, IoSlice},
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
@@ -141,6 +142,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         }
     }
 
+    /// Notes the address of this host that the connection below comes from.
+    pub fn comes_from(&self, address: SocketAddr) {
+        self.shared.set_address(address);
+    }
+
     /// A view for those who watch over the carrier while another task moves its bytes.
     pub fn monitor(&self) -> CarrierMonitor {
         CarrierMonitor::new(self.shared.clone())
@@ -253,12 +259,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         Poll::Ready(Ok(()))
     }
 
-    /// Notes whether the writer is blocked. A blocked write that moves on is a sign of life: somebody acknowledged.
+    /// Notes whether the writer is blocked. A blocked write that moves on is a sign of life.
     fn note_writer<T>(&mut self, cx: &Context<'_>, poll: Poll<T>) -> Poll<T> {
         if poll.is_pending() {
             remember(&mut self.writer, cx);
-        } else if self.writer.take().is_some() {
-            self.alive(Instant::now());
+        } else if self.writer.take().is_some()
+            && let Some(life) = &mut self.life
+        {
+            life.moved(Instant::now());
         }
         poll
     }

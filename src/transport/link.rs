@@ -77,6 +77,7 @@ impl DetachReason {
         };
         let label = match error.kind() {
             io::ErrorKind::TimedOut => "silent",
+            io::ErrorKind::AddrNotAvailable => "address_gone",
             io::ErrorKind::ConnectionReset => "reset",
             io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted => "broken",
             _ => "other",

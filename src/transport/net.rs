@@ -8,7 +8,13 @@ mod connect;
 mod listener;
 mod socket;
 
-use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    fmt, io,
+    net::{SocketAddr, UdpSocket},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
@@ -109,6 +115,14 @@ pub fn tune_flow(socket: &TcpStream) {
     let _ = options.set_tcp_keepalive(&keepalive(FLOW_KEEPALIVE));
 }
 
+/// False if this host does not have the address, or no longer: nothing that is sent to it arrives here. A host that
+/// binds addresses it does not have (`ip_nonlocal_bind`) is believed.
+pub fn is_own_address(mut address: SocketAddr) -> bool {
+    address.set_port(0);
+    let bound = UdpSocket::bind(address);
+    !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+}
+
 fn keepalive(idle: Duration) -> TcpKeepalive {
     TcpKeepalive::new().with_time(idle).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES)
 }
@@ -116,6 +130,13 @@ fn keepalive(idle: Duration) -> TcpKeepalive {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_knows_its_own_addresses() {
+        for (address, own) in [("127.0.0.1:1", true), ("127.9.9.9:443", true), ("192.0.2.1:1", false)] {
+            assert_eq!(is_own_address(address.parse().unwrap()), own, "{address}");
+        }
+    }
 
     #[test]
     fn endpoints_survive_a_round_trip() {

@@ -3,7 +3,7 @@
 //! Owns the words and their place in I/O errors. Does not decide that a carrier has ended. Invariant: a reader can
 //! always tell a Close from a broken connection from silence.
 
-use std::{io, time::Duration};
+use std::{io, net::IpAddr, time::Duration};
 
 use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
 
@@ -24,6 +24,9 @@ pub enum CarrierError {
     /// Pings went unanswered.
     #[error("no sign of life for {} s", .0.as_secs())]
     Silent(Duration),
+    /// The host's network changed: what the hub answers would not arrive.
+    #[error("this host no longer has the address {0} that the connection came from")]
+    AddressGone(IpAddr),
     /// The other end does not speak WebSocket as it should.
     #[error("protocol violation: {0}")]
     Protocol(String),
@@ -40,6 +43,7 @@ impl CarrierError {
             Self::Closed { .. } => io::ErrorKind::ConnectionAborted,
             Self::Lost(_) => io::ErrorKind::ConnectionReset,
             Self::Silent(_) => io::ErrorKind::TimedOut,
+            Self::AddressGone(_) => io::ErrorKind::AddrNotAvailable,
             Self::Protocol(_) => io::ErrorKind::InvalidData,
         };
         io::Error::new(kind, self)

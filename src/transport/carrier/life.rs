@@ -39,6 +39,9 @@ const DEAD_AFTER: Duration = Duration::from_secs(37);
 const SUSPECT_AFTER: Duration = Duration::from_secs(5);
 /// Unanswered data is followed by a ping after this long: the far application may be silent, the hub never is.
 const PROBE_AFTER: Duration = Duration::from_secs(2);
+/// A probe that somebody asked for, because the network changed, makes the carrier suspect after this long: paths that
+/// are gone often give no error. Longer than the round trip of any path but a satellite's; a wrong guess costs a resume.
+const PROBE_ANSWER: Duration = Duration::from_secs(1);
 
 impl Liveness {
     /// For mux streams and control sessions.
@@ -78,6 +81,8 @@ pub(super) struct Life {
     unsettled: bool,
     /// Somebody asked for a ping.
     probe: bool,
+    /// Since when somebody who asked has no answer.
+    probed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -96,11 +101,18 @@ impl Life {
     /// The first ping is due at once: it yields the first round-trip time.
     pub(super) fn new(options: Liveness, now: Instant) -> Self {
         let ping = Ping { number: 0, wanted: now, sent: None, answered: true, proves: false, last: true };
-        Self { options, heard: now, unanswered: None, ping, unsettled: false, probe: true }
+        Self { options, heard: now, unanswered: None, ping, unsettled: false, probe: true, probed: None }
     }
 
-    /// Anything arrived, or a blocked write moved on.
+    /// Anything arrived.
     pub(super) fn heard(&mut self, now: Instant) {
+        self.moved(now);
+        self.probed = None;
+    }
+
+    /// A blocked write moved on: somebody acknowledged, so that a slow path full of our data is no silent one. But the
+    /// kernel also takes more just after a path has died: no answer to a probe.
+    pub(super) fn moved(&mut self, now: Instant) {
         self.heard = now;
         self.unanswered = None;
     }
@@ -129,14 +141,20 @@ impl Life {
         self.ping.sent.map(|sent| now.duration_since(sent))
     }
 
-    /// A ping is wanted now.
-    pub(super) fn probe(&mut self) {
+    /// A ping is wanted now, and an answer to it soon.
+    pub(super) fn probe(&mut self, now: Instant) {
         self.probe = true;
+        self.probed.get_or_insert(now);
     }
 
     /// True if something has been unanswered for too long.
     pub(super) fn is_suspect(&self, now: Instant) -> bool {
-        self.unanswered.is_some_and(|since| now >= since + self.options.suspect_after)
+        self.suspicions().any(|at| now >= at)
+    }
+
+    fn suspicions(&self) -> impl Iterator<Item = Instant> {
+        let silence = self.unanswered.map(|since| since + self.options.suspect_after);
+        silence.into_iter().chain(self.probed.map(|since| since + PROBE_ANSWER))
     }
 
     /// What has to be done at `now`.
@@ -184,7 +202,7 @@ impl Life {
 
     /// When [`Self::due`] or [`Self::is_suspect`] changes its answer.
     pub(super) fn deadline(&self, now: Instant) -> Instant {
-        let suspect = self.unanswered.map(|since| since + self.options.suspect_after).filter(|at| *at > now);
+        let suspect = self.suspicions().filter(|at| *at > now).min();
         let all = [self.next_ping(), self.death(), suspect];
         all.into_iter().flatten().min().unwrap_or(now + self.options.ping_every)
     }
@@ -237,6 +255,21 @@ mod tests {
         assert!(life.is_suspect(zero + S(8)));
         life.heard(zero + S(9));
         assert!(!life.is_suspect(zero + S(9)));
+    }
+
+    #[test]
+    fn a_probe_without_an_answer_makes_suspect_after_1_s_even_if_the_kernel_takes_more() {
+        let (mut life, zero) = started(Liveness::DEFAULT);
+        life.probe(zero + S(2));
+        assert_eq!(life.due(zero + S(2)), Due::Ping(2));
+        life.moved(zero + S(2) + Duration::from_millis(300));
+        assert!(!life.is_suspect(zero + S(2)) && life.is_suspect(zero + S(3)));
+        life.heard(zero + S(4));
+        assert!(!life.is_suspect(zero + S(4)));
+        life.probe(zero + S(5));
+        assert_eq!(life.due(zero + S(5)), Due::Ping(3));
+        life.heard(zero + S(5) + Duration::from_millis(50));
+        assert!(!life.is_suspect(zero + S(7)), "anything heard is an answer");
     }
 
     #[test]

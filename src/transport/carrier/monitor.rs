@@ -4,8 +4,9 @@
 //! Invariant: nothing here blocks the carrier.
 
 use std::{
+    net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     task::Waker,
@@ -14,6 +15,8 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 use tokio::{sync::watch, time::Instant};
+
+use crate::transport::net::is_own_address;
 
 /// A reason of a Close is cut here: a control frame holds 125 bytes, two of them the code.
 const MAX_REASON: usize = 123;
@@ -59,7 +62,8 @@ impl CarrierMonitor {
         let _ = suspect.wait_for(|suspect| !*suspect).await;
     }
 
-    /// Sends a ping now: the network has changed, or somebody doubts.
+    /// Sends a ping now: the network has changed, or somebody doubts. Without an answer the carrier is suspect after a
+    /// second; and if this host no longer has the address that the connection comes from, the carrier ends at once.
     pub fn probe(&self) {
         self.0.probe.store(true, Relaxed);
         self.0.prober.wake();
@@ -83,6 +87,8 @@ pub(super) struct Shared {
     rtt: AtomicU64,
     /// Milliseconds after `born`.
     heard: AtomicU64,
+    /// Where the connection below comes from, if it is one of this host's own addresses.
+    address: OnceLock<SocketAddr>,
     suspect: watch::Sender<bool>,
     /// What `suspect` holds, without its lock.
     suspected: AtomicBool,
@@ -97,6 +103,7 @@ impl Shared {
             born: now,
             rtt: AtomicU64::new(NONE),
             heard: AtomicU64::new(0),
+            address: OnceLock::new(),
             suspect: watch::Sender::new(false),
             suspected: AtomicBool::new(false),
             probe: AtomicBool::new(false),
@@ -123,6 +130,17 @@ impl Shared {
         if self.suspected.swap(suspect, Relaxed) != suspect {
             self.suspect.send_replace(suspect);
         }
+    }
+
+    /// Notes where the connection below comes from.
+    pub(super) fn set_address(&self, address: SocketAddr) {
+        // It comes from one address as long as it lives.
+        let _ = self.address.set(address);
+    }
+
+    /// The address that the connection below comes from, if this host no longer has it.
+    pub(super) fn lost_address(&self) -> Option<IpAddr> {
+        self.address.get().filter(|address| !is_own_address(**address)).map(SocketAddr::ip)
     }
 
     pub(super) fn on_probe(&self, waker: &Waker) {

@@ -33,7 +33,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         let Some(life) = &mut self.life else { return Poll::Pending };
         self.shared.on_probe(cx.waker());
         if self.shared.take_probe() {
-            life.probe();
+            if let Some(address) = self.shared.lost_address() {
+                self.finish(Err(CarrierError::AddressGone(address)));
+                return Poll::Ready(());
+            }
+            life.probe(Instant::now());
         }
         loop {
             let now = Instant::now();
