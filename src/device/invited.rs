@@ -28,6 +28,9 @@ use crate::{
 
 /// Answers that are remembered in case the hub asks again: it does so for at most 60 s, one in flight per stream.
 const REMEMBERED: usize = 64;
+/// Mux device streams whose hello is not done, each for at most 40 s: more than the services of a device make when all
+/// of them come back at once, and no more than the hub asks for at a time.
+const MAX_HELLOS: usize = 64;
 const ACCEPTED: u16 = 200;
 const REJECTED: u16 = 400;
 
@@ -48,6 +51,8 @@ pub(super) struct Legs {
     /// For programs that embed the device.
     pub(super) handler: Option<PlainHandler>,
     pub(super) plain: Gate,
+    /// Mux device streams up to the end of their hello.
+    hellos: Gate,
 }
 
 impl Legs {
@@ -58,7 +63,8 @@ impl Legs {
         outbox: mpsc::Sender<String>,
         limits: &DeviceLimits,
     ) -> Self {
-        Self { hub, outlet, mux, outbox, handler: None, plain: Gate::new(limits.max_plain) }
+        let (plain, hellos) = (Gate::new(limits.max_plain), Gate::new(MAX_HELLOS));
+        Self { hub, outlet, mux, outbox, handler: None, plain, hellos }
     }
 
     fn hub(&self) -> HubClient {
@@ -134,9 +140,15 @@ fn remember(answered: &Answered, answer: StreamAnswer) {
 /// The life of a request.
 async fn serve(legs: Legs, request: StreamRequest, answered: Arc<Answered>, stop: CancellationToken) {
     if request.stream.as_str() == MUX_STREAM {
-        let answer = legs.answer(&request, ACCEPTED, None).await;
+        let pass = legs.hellos.enter();
+        let refusal = || format!("{MAX_HELLOS} device streams are being opened at once, as many as may be");
+        let (status, reason) = if pass.is_some() { (ACCEPTED, None) } else { (REJECTED, Some(refusal())) };
+        let answer = legs.answer(&request, status, reason).await;
         remember(&answered, answer);
-        return serve_mux(&legs, &request, stop).await;
+        return match pass {
+            Some(pass) => serve_mux(&legs, &request, pass, stop).await,
+            None => warn!("device stream rejected: {}", refusal()),
+        };
     }
     let admitted = tokio::select! {
         admitted = admit(&legs, &request) => admitted,
@@ -156,14 +168,14 @@ async fn serve(legs: Legs, request: StreamRequest, answered: Arc<Answered>, stop
     }
 }
 
-async fn serve_mux(legs: &Legs, request: &StreamRequest, stop: CancellationToken) {
+async fn serve_mux(legs: &Legs, request: &StreamRequest, pass: Pass, stop: CancellationToken) {
     let (hub, sid) = (legs.hub(), sid_of_url(&request.url).map(str::to_owned));
     let dialled = tokio::select! {
         dialled = hub.carrier(&request.url, &request.ticket, CarrierOptions::DATA) => dialled,
         () = stop.cancelled() => return,
     };
     match dialled {
-        Ok(carrier) => legs.mux.serve(carrier, request.policy.clone(), sid, stop).await,
+        Ok(carrier) => legs.mux.serve(carrier, request.policy.clone(), sid, pass, stop).await,
         Err(error) => warn!("the leg of an accepted device stream could not be opened: {error}"),
     }
 }

@@ -21,13 +21,15 @@ use tracing::{Instrument as _, debug, info, warn};
 use super::metrics::DeviceMetrics;
 use crate::{
     agent::{HubCarrier, MuxSession, NetworkChanges},
-    base::Name,
+    base::{Name, Pass},
     config::LinkLimits,
     forward::{Outlet, serve_channel},
     proto::control::lost_topic,
     transport::{
         carrier::CarrierMonitor,
-        hello::{HelloError, LinkControl, LinkId, LinkTable, LocalHello, PeerHello, Received, Session, receive},
+        hello::{
+            HelloError, InstanceId, LinkControl, LinkId, LinkTable, LocalHello, PeerHello, Received, Session, receive,
+        },
         mux::{Mux, Role},
     },
 };
@@ -63,12 +65,17 @@ pub(super) struct Settings {
 struct Table {
     next: u64,
     sessions: HashMap<u64, Entry>,
+    /// Who was admitted and is not a session yet: the hello is not done.
+    admitted: HashMap<u64, Who>,
 }
+
+/// Whom a session belongs to: an installation, under a policy.
+#[derive(Clone, PartialEq)]
+struct Who(InstanceId, Option<Name>);
 
 /// A session that runs.
 struct Entry {
-    peer: PeerHello,
-    policy: Option<Name>,
+    who: Who,
     link: Option<LinkControl>,
     /// The bridge of the present carrier, and a view of it.
     sid: Option<String>,
@@ -106,22 +113,26 @@ impl MuxLegs {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves a leg: a new session until its end, or a carrier for a link that waits for one.
+    /// Serves a leg: a new session until its end, or a carrier for a link that waits for one. Gives the pass back when
+    /// the hello is done.
     pub(super) async fn serve(
         &self,
         carrier: HubCarrier,
         policy: Option<Name>,
         sid: Option<String>,
+        pass: Pass,
         stop: CancellationToken,
     ) {
         let (monitor, hello) = (carrier.monitor(), self.settings().hello);
-        let admission = Admission { legs: self, policy: policy.as_ref() };
+        let admission = Admission::new(self, policy.clone());
         let received = tokio::select! {
             received = receive(Box::new(carrier), &hello, &admission) => received,
             () = stop.cancelled() => return,
         };
+        // Up to here a leg costs without being counted among the services.
+        drop(pass);
         match received {
-            Ok(Received::New(session)) => self.serve_new(session, policy, sid, monitor, stop).await,
+            Ok(Received::New(session)) => self.serve_new(session, admission, (sid, monitor), stop).await,
             Ok(Received::Resumed(link)) => self.resumed(&link, sid, monitor),
             Err(error @ HelloError::Refused(_)) => info!("a mux device stream was not taken: {error}"),
             // The service has another carrier by now, or tries again.
@@ -145,17 +156,16 @@ impl MuxLegs {
     async fn serve_new(
         &self,
         session: Session,
-        policy: Option<Name>,
-        sid: Option<String>,
-        monitor: CarrierMonitor,
+        admission: Admission<'_>,
+        (sid, monitor): (Option<String>, CarrierMonitor),
         stop: CancellationToken,
     ) {
         let begun = Instant::now();
+        let policy = admission.policy.clone();
         let end = stop.child_token();
         let link = session.link.clone();
         let entry = Entry {
-            peer: session.peer.clone(),
-            policy: policy.clone(),
+            who: Who(session.peer.instance, policy.clone()),
             link: link.clone(),
             sid,
             monitor,
@@ -164,6 +174,7 @@ impl MuxLegs {
             end: end.clone(),
         };
         let registration = self.register(entry);
+        drop(admission);
         info!(resumable = link.is_some(), "device stream open");
         let why = tokio::select! {
             why = self.run(registration.key, session, policy, end) => why,
@@ -177,8 +188,7 @@ impl MuxLegs {
     fn register(&self, entry: Entry) -> Registration<'_> {
         let mut table = self.lock();
         for old in table.sessions.values() {
-            let is_same = old.peer.instance == entry.peer.instance && old.policy == entry.policy;
-            if is_same {
+            if old.who == entry.who {
                 // It restarted, or gave the earlier one up without a way to say so: it keeps one per device.
                 debug!("a service daemon begins anew; its earlier device stream ends");
                 old.end.cancel();
@@ -284,7 +294,7 @@ impl MuxLegs {
         let table = self.lock();
         let row = |entry: &Entry| {
             serde_json::json!({
-                "policy": entry.policy.as_ref().map(Name::as_str),
+                "policy": entry.who.1.as_ref().map(Name::as_str),
                 "state": if entry.link.as_ref().is_none_or(LinkControl::attached) { "up" } else { "detached" },
                 "rtt_seconds": entry.monitor.rtt().map(|rtt| rtt.as_secs_f64()),
             })
@@ -317,25 +327,44 @@ impl Drop for Registration<'_> {
     }
 }
 
-/// Who may begin, and who may resume what.
+/// Who may begin, and who may resume what: for one leg, from its hello until it is a session. Whom it admits has a place
+/// among the sessions from then on, so that hellos at the same time cannot share the last one.
 struct Admission<'a> {
     legs: &'a MuxLegs,
-    policy: Option<&'a Name>,
+    key: u64,
+    policy: Option<Name>,
+}
+
+impl<'a> Admission<'a> {
+    fn new(legs: &'a MuxLegs, policy: Option<Name>) -> Self {
+        let mut table = legs.lock();
+        table.next += 1;
+        Self { legs, key: table.next, policy }
+    }
+}
+
+impl Drop for Admission<'_> {
+    fn drop(&mut self) {
+        self.legs.lock().admitted.remove(&self.key);
+    }
 }
 
 impl LinkTable for Admission<'_> {
     fn find(&self, id: &LinkId) -> Option<LinkControl> {
         let table = self.legs.lock();
-        let mut own = table.sessions.values().filter(|entry| entry.policy.as_ref() == self.policy);
+        let mut own = table.sessions.values().filter(|entry| entry.who.1 == self.policy);
         own.find_map(|entry| entry.link.clone().filter(|link| link.id() == *id))
     }
 
     fn admit(&self, peer: &PeerHello) -> Result<(), String> {
-        let table = self.legs.lock();
+        let limit = self.legs.settings().max_services;
+        let mut table = self.legs.lock();
+        let own = Who(peer.instance, self.policy.clone());
         // Its own earlier one ends when the new one begins.
-        let is_own = |entry: &&Entry| entry.peer.instance == peer.instance && entry.policy.as_ref() == self.policy;
-        let others = table.sessions.values().filter(|entry| !is_own(entry)).count();
-        if others < self.legs.settings().max_services {
+        let sessions = table.sessions.values().map(|entry| &entry.who);
+        let others = sessions.chain(table.admitted.values()).filter(|who| **who != own).count();
+        if others < limit {
+            table.admitted.insert(self.key, own);
             return Ok(());
         }
         Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))
@@ -349,7 +378,7 @@ mod tests {
         forward::TargetMetrics,
         transport::{
             carrier::{Carrier, CarrierOptions},
-            hello::{BootId, InstanceId, LinkSettings},
+            hello::{BootId, LinkSettings},
         },
     };
 
@@ -368,16 +397,15 @@ mod tests {
         MuxLegs::new(settings, outlet, mpsc::channel(1).0, network, DeviceMetrics::default())
     }
 
-    fn peer(instance: u8, boot: u8) -> PeerHello {
-        let (instance, boot) = (InstanceId([instance; 16]), BootId([boot; 16]));
+    fn peer(instance: u8) -> PeerHello {
+        let (instance, boot) = (InstanceId([instance; 16]), BootId([0; 16]));
         PeerHello { instance, boot, max_channels: 16, receive_window: 65_536 }
     }
 
-    async fn entry(instance: u8, boot: u8, policy: &str) -> Entry {
+    async fn entry(instance: u8, policy: &str) -> Entry {
         let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA).await;
         Entry {
-            peer: peer(instance, boot),
-            policy: Some(policy.parse().unwrap()),
+            who: Who(InstanceId([instance; 16]), Some(policy.parse().unwrap())),
             link: None,
             sid: None,
             monitor: carrier.monitor(),
@@ -392,8 +420,8 @@ mod tests {
         let legs = legs(16);
         let mut ends = Vec::new();
         let mut registrations = Vec::new();
-        for (instance, boot, policy) in [(1, 1, "service"), (2, 1, "service"), (1, 1, "other"), (1, 1, "service")] {
-            let entry = entry(instance, boot, policy).await;
+        for (instance, policy) in [(1, "service"), (2, "service"), (1, "other"), (1, "service")] {
+            let entry = entry(instance, policy).await;
             ends.push(entry.end.clone());
             registrations.push(legs.register(entry));
         }
@@ -404,12 +432,22 @@ mod tests {
     #[tokio::test]
     async fn a_service_cannot_hide_behind_anothers_instance() {
         let legs = legs(1);
-        let _first = legs.register(entry(1, 1, "service").await);
-        let admitted = |policy: &str| {
-            let policy = policy.parse().unwrap();
-            Admission { legs: &legs, policy: Some(&policy) }.admit(&peer(1, 2))
-        };
+        let _first = legs.register(entry(1, "service").await);
+        let admitted = |policy: &str| Admission::new(&legs, Some(policy.parse().unwrap())).admit(&peer(1));
         assert!(admitted("service").is_ok(), "its own earlier session ends");
         assert!(admitted("other").is_err());
+    }
+
+    #[tokio::test]
+    async fn hellos_at_the_same_time_do_not_share_the_last_place() {
+        let legs = legs(2);
+        let _first = legs.register(entry(1, "service").await);
+        let begin = || Admission::new(&legs, Some("service".parse().unwrap()));
+        let (second, third) = (begin(), begin());
+        assert!(second.admit(&peer(2)).is_ok());
+        assert!(third.admit(&peer(3)).is_err());
+        assert!(begin().admit(&peer(2)).is_ok(), "the same service begins once more");
+        drop(second);
+        assert!(third.admit(&peer(3)).is_ok(), "a hello that failed gives its place back");
     }
 }
