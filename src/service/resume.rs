@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::{Instant, sleep, sleep_until};
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use super::{
     initiator::Patience,
@@ -47,6 +47,8 @@ const SUSPECT_AFTER: Duration = Duration::from_secs(5);
 const DEAD_AFTER: Duration = Duration::from_secs(37);
 /// How often a silent device is looked after.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Causes of failure that are logged for people during one loss; there are about a dozen in all.
+const MAX_TOLD: usize = 16;
 /// While a link is detached its flows wait. The hub's wait for the device is shorter than for a new device stream, so
 /// that a request that a dying hub took with it is soon made again.
 const PATIENCE: Patience = Patience { connect: Duration::from_secs(60), response: Duration::from_secs(15) };
@@ -64,11 +66,22 @@ pub(super) async fn keep_attached(
     let mut monitor = first;
     let mut attached = Instant::now();
     let mut network = deps.network.from_now();
+    let mut hub = deps.hub.clone();
+    let policy = hub.borrow_and_update().policy().cloned();
     loop {
+        let mut is_beside = false;
         let suspicion = tokio::select! {
             () = network.changed() => {
                 monitor.probe();
                 continue;
+            }
+            Ok(()) = hub.changed() => {
+                // Under another policy the device would not know the link: it stays where it is as long as it can.
+                if hub.borrow_and_update().policy() != policy.as_ref() {
+                    continue;
+                }
+                is_beside = true;
+                "the hub or the credential changed".to_owned()
             }
             why = detached(link) => format!("carrier lost: {why}"),
             () = monitor.suspect() => "the carrier does not answer".to_owned(),
@@ -76,7 +89,9 @@ pub(super) async fn keep_attached(
         };
         let Some(link) = link else {
             // Nothing can be resumed; the carrier's own limit decides.
-            monitor.recovered().await;
+            if !is_beside {
+                monitor.recovered().await;
+            }
             continue;
         };
         if link.end().is_some() {
@@ -86,7 +101,7 @@ pub(super) async fn keep_attached(
         debug!("{suspicion}; trying another carrier");
         deps.trouble.notify_one();
         let attempts = Attempts::new(deps, device, link, mux, first_attempt(attached));
-        match attempts.run(&monitor).await {
+        match attempts.run(&monitor, is_beside).await {
             Outcome::Attached(next) => {
                 publish(next.clone());
                 (monitor, attached) = (next, Instant::now());
@@ -131,15 +146,32 @@ struct Attempts<'a> {
     /// The next one begins at this time, if nothing holds it off.
     next: Instant,
     retry: Retry,
+    /// The hub asked to be left alone until then.
+    not_before: Instant,
+    /// The causes of failure that were logged for people, each once.
+    told: Vec<String>,
 }
 
 impl<'a> Attempts<'a> {
     fn new(deps: &'a TunnelDeps, device: &'a Identity, link: &'a LinkControl, mux: &'a Mux, next: Instant) -> Self {
         let (running, asked) = (FuturesUnordered::new(), Asked::default());
-        Self { deps, device, link, mux, running, asked, next, retry: Retry::default() }
+        Self {
+            deps,
+            device,
+            link,
+            mux,
+            running,
+            asked,
+            next,
+            retry: Retry::default(),
+            not_before: Instant::now(),
+            told: Vec::new(),
+        }
     }
 
-    async fn run(mut self, old: &CarrierMonitor) -> Outcome {
+    /// Until the link has another carrier, or needs none any more. With `is_beside` the old one is good, and another is
+    /// wanted all the same.
+    async fn run(mut self, old: &CarrierMonitor, is_beside: bool) -> Outcome {
         let mut network = self.deps.network.from_now();
         loop {
             let due = self.due();
@@ -151,14 +183,14 @@ impl<'a> Attempts<'a> {
                 () = sleep_until(due), if self.running.len() < MAX_ATTEMPTS => self.begin(),
                 () = network.changed() => {
                     old.probe();
-                    self.next = Instant::now();
+                    self.next = self.not_before.max(Instant::now());
                     self.asked = Asked::default();
                 }
                 () = unanswered(Some(self.link), DEAD_AFTER) => {
                     self.link.lose_carrier("no sign of life from the device");
                 }
                 _ = self.link.ended() => return Outcome::Ended,
-                () = recovered(self.link, old) => return Outcome::Recovered,
+                () = recovered(self.link, old), if !is_beside => return Outcome::Recovered,
             }
         }
     }
@@ -188,15 +220,30 @@ impl<'a> Attempts<'a> {
     }
 
     fn failed(&mut self, error: &AttemptError) {
-        debug!("could not resume yet: {error}");
+        self.tell(error);
         let is_urgent = self.mux.channels() > 0;
         if matches!(error, AttemptError::Hello(HelloError::Refused(_))) && self.link.end().is_none() {
             // Another carrier came first, or the device will tell with the next attempt.
             return;
         }
         let next = self.retry.after(error.failure(), is_urgent);
+        self.not_before = self.not_before.max(Instant::now() + next.at_least);
         if error.failure() != Failure::Path || !is_urgent {
             self.next = Instant::now() + next.delay;
+        }
+    }
+
+    /// Says why connections go on waiting: each cause once, because attempts are many.
+    fn tell(&mut self, error: &AttemptError) {
+        let why = error.to_string();
+        if self.told.len() == MAX_TOLD || self.told.contains(&why) {
+            debug!("cannot resume yet: {why}");
+        } else if error.is_refusal() {
+            warn!("cannot resume yet: {why}");
+            self.told.push(why);
+        } else {
+            info!("cannot resume yet: {why}");
+            self.told.push(why);
         }
     }
 }

@@ -194,7 +194,7 @@ pub(super) enum AttemptError {
 }
 
 impl AttemptError {
-    fn is_refusal(&self) -> bool {
+    pub(super) fn is_refusal(&self) -> bool {
         match self {
             Self::Initiate(error) => error.is_refusal(),
             Self::Hello(error) => {

@@ -16,7 +16,7 @@ use crate::{
         sshd::{Session, Sshd},
     },
     support::{
-        Daemon, End, Forward, Process, Target, World, bytes, client::exchange, config::service_toml, connect,
+        Daemon, End, Forward, Process, Proxy, Target, World, bytes, client::exchange, config::service_toml, connect,
         daemon::culvert, eventually, port::free_address, process::output, run, targets, world::DEVICE,
     },
 };
@@ -230,6 +230,23 @@ fn the_hub_takes_up_a_renewed_certificate_and_another_policy() {
     fs::write(world.hub.daemon.config(), text).unwrap();
     eventually("the removed policy to be refused", || (!output(&mut show).status.success()).then_some(()));
     greet(&mut held);
+}
+
+#[test]
+fn a_device_stream_that_is_there_follows_the_changed_way_to_the_hub() {
+    let (echo, proxy) = (targets::echo(), Proxy::start());
+    let world = World::plan().target("echo", echo.address()).start();
+    let mut held = connect(world.forward("echo"));
+    greet(&mut held);
+    let text = fs::read_to_string(world.service.config()).unwrap();
+    fs::write(world.service.config(), format!("proxy = \"http://{}\"\n{text}", proxy.address())).unwrap();
+    world.service.wait_for_metric("culvert_link_resumes_total", &[("reason", "replaced")], |count| count == 1.0);
+    greet(&mut held);
+    assert!(proxy.served() >= 2, "the trial, and the device stream");
+    // Nothing runs over the former way any more.
+    proxy.cut();
+    greet(&mut held);
+    assert!(world.service.metric("culvert_link_resumes_total", &[]) >= 2.0);
 }
 
 #[test]

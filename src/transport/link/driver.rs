@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -135,15 +135,17 @@ impl Driver {
         positions: Positions,
     ) -> Result<Option<BoxedCarrier>, AttachError> {
         let now = now();
-        let (first, waited_since) = (self.core.epoch() == 0, self.core.since());
+        let first = self.core.epoch() == 0;
         let (was_attached, held) = (self.core.is_attached(), self.core.replay_bytes());
+        // A carrier that is replaced may have been silent for a while.
+        let waited_since = if was_attached { self.core.unanswered_since() } else { Some(self.core.since()) };
         let attached = self.core.attach(now, epoch, positions);
         self.announce_end();
         let again = attached?;
         let former = self.carrier.replace(carrier);
         (self.sending, self.dirty) = (None, false);
         if !first {
-            let stall = if was_attached { std::time::Duration::ZERO } else { now - waited_since };
+            let stall = waited_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
             let reason = if was_attached { "replaced" } else { self.detach_label() };
             self.settings.metrics.resumed(reason, stall, again);
             tracing::info!(link = %self.id.short(), epoch, held, "link resumed after {:.1} s, {again} bytes sent again",
