@@ -17,6 +17,9 @@ const CEILING: Duration = Duration::from_secs(60);
 /// less, so that daemons that lost one hub in the same instant do not come back in step for ever.
 const PATH_RETRY: Duration = Duration::from_millis(1500);
 const PATH_RETRY_SPREAD_MICROS: u64 = 1_000_000;
+/// The first attempts after a loss that fail are made again sooner: what broke the connection may not be quite over.
+const QUICK_RETRY: Duration = Duration::from_millis(250);
+const QUICK_RETRIES: u32 = 2;
 /// The longest delay while connections wait and nothing listens at the hub's address, as while it restarts: a person
 /// is waiting. Such an attempt costs the hub's host one refused SYN; only daemons with open connections make it.
 const REFUSED_CEILING: Duration = Duration::from_millis(1500);
@@ -38,11 +41,13 @@ pub struct Next {
 #[derive(Debug)]
 pub struct Retry {
     backoff: Backoff,
+    /// Quick attempts since the last success.
+    quick: u32,
 }
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { backoff: Backoff::new(BASE, CEILING) }
+        Self { backoff: Backoff::new(BASE, CEILING), quick: 0 }
     }
 }
 
@@ -50,6 +55,10 @@ impl Retry {
     /// The delay after a failure. `is_urgent`: flows wait for this.
     pub fn after(&mut self, failure: Failure, is_urgent: bool) -> Next {
         let delay = match failure {
+            Failure::Path if is_urgent && self.quick < QUICK_RETRIES => {
+                self.quick += 1;
+                QUICK_RETRY + jittered(QUICK_RETRY)
+            }
             Failure::Path if is_urgent => {
                 let spread = random_u64() % PATH_RETRY_SPREAD_MICROS;
                 PATH_RETRY + Duration::from_micros(spread) - Duration::from_micros(PATH_RETRY_SPREAD_MICROS / 2)
@@ -67,6 +76,11 @@ impl Retry {
             Failure::Path | Failure::Refused | Failure::Answered(None) => Duration::ZERO,
         };
         Next { delay, at_least }
+    }
+
+    /// Notes that an attempt succeeded.
+    pub fn succeeded(&mut self) {
+        self.quick = 0;
     }
 
     /// Notes that a session ended after this long; a healthy one starts the schedule anew.
@@ -100,9 +114,14 @@ mod tests {
     #[test]
     fn a_failing_path_is_tried_soon_but_not_in_step() {
         let mut retry = Retry::default();
+        for _ in 0..QUICK_RETRIES {
+            assert!(retry.after(Failure::Path, true).delay <= 2 * QUICK_RETRY);
+        }
         let delays: Vec<_> = (0..20).map(|_| retry.after(Failure::Path, true).delay).collect();
         assert!(delays.iter().all(|delay| (1000..2000).contains(&delay.as_millis())), "{delays:?}");
         assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
+        retry.succeeded();
+        assert!(retry.after(Failure::Path, true).delay <= 2 * QUICK_RETRY);
     }
 
     #[test]

@@ -272,6 +272,7 @@ impl Keeper {
         }
         self.attempts.clear();
         self.begun.clear();
+        self.retry.succeeded();
         self.opened = Instant::now();
         // An attempt at a former hub may succeed after the configuration has changed: that is tried all the same.
         let is_configured = self.deps.hub.borrow().is_same(&hub);
@@ -342,9 +343,14 @@ impl Keeper {
         let next = self.retry.after(failure, is_beside || (self.deps.is_urgent)());
         let at = Instant::now() + next.delay;
         self.not_before = self.not_before.max(Instant::now() + next.at_least);
-        // Others that are under way on a path that swallows packets keep their distance.
-        let others = self.next.filter(|_| failure == Failure::Path && !self.attempts.is_empty());
-        self.next = Some(others.map_or(at, |next| next.max(at)));
+        let others = self.next.filter(|_| failure == Failure::Path);
+        self.next = match others {
+            // As long as the path fails, one begins every so often.
+            Some(next) if (self.deps.is_urgent)() => Some(next.min(at)),
+            // Others that are under way on a path that swallows packets keep their distance.
+            Some(next) if !self.attempts.is_empty() => Some(next.max(at)),
+            _ => Some(at),
+        };
         let problem = error.to_string();
         if is_beside {
             if problem != self.last_problem {

@@ -228,9 +228,9 @@ impl<'a> Attempts<'a> {
         }
         let next = self.retry.after(error.failure(), is_urgent);
         self.not_before = self.not_before.max(Instant::now() + next.at_least);
-        if error.failure() != Failure::Path || !is_urgent {
-            self.next = Instant::now() + next.delay;
-        }
+        let at = Instant::now() + next.delay;
+        let is_urgent_path = error.failure() == Failure::Path && is_urgent;
+        self.next = if is_urgent_path { self.next.min(at) } else { at };
     }
 
     /// Says why connections go on waiting: each cause once, because attempts are many.
