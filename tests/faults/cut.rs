@@ -24,8 +24,8 @@ pub(crate) enum Cut {
     Silence(Host, u64),
     /// The NAT forgets.
     Forget,
-    /// The device gets another address.
-    Move,
+    /// A host gets another address.
+    Move(Host),
     /// The hub is killed and started again.
     Crash,
     /// The hub is stopped in order and started again.
@@ -35,7 +35,7 @@ pub(crate) enum Cut {
 /// Twenty cuts with each kind among them, in a little over three minutes.
 pub(crate) const ROUND: [Cut; 20] = [
     Cut::Kill(Host::Device),
-    Cut::Move,
+    Cut::Move(Host::Device),
     Cut::Silence(Host::Device, 5),
     Cut::Crash,
     Cut::Kill(Host::Service),
@@ -43,12 +43,12 @@ pub(crate) const ROUND: [Cut; 20] = [
     Cut::Kill(Host::Hub),
     Cut::Restart,
     Cut::Silence(Host::Service, 5),
-    Cut::Forget,
+    Cut::Move(Host::Service),
     Cut::Kill(Host::Device),
     Cut::Crash,
     Cut::Silence(Host::Service, 20),
     Cut::Kill(Host::Hub),
-    Cut::Move,
+    Cut::Move(Host::Device),
     Cut::Restart,
     Cut::Silence(Host::Device, 20),
     Cut::Kill(Host::Service),
@@ -67,7 +67,7 @@ impl Cut {
                 lab.heal();
             }
             Self::Forget => lab.forget_mappings(),
-            Self::Move => lab.move_device(),
+            Self::Move(host) => lab.move_host(host),
             Self::Crash => daemons.crash(lab, Host::Hub),
             Self::Restart => daemons.restart(lab, Host::Hub),
         }
@@ -81,7 +81,7 @@ impl fmt::Display for Cut {
             Self::Kill(host) => write!(f, "ss -K, {host:?}"),
             Self::Silence(host, seconds) => write!(f, "silence {seconds} s, {host:?}"),
             Self::Forget => f.write_str("NAT forgets"),
-            Self::Move => f.write_str("device moves"),
+            Self::Move(host) => write!(f, "{host:?} moves"),
             Self::Crash => f.write_str("hub kill -9"),
             Self::Restart => f.write_str("hub SIGTERM"),
         }
@@ -101,14 +101,11 @@ impl Stalls {
 
 impl fmt::Display for Stalls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{:24} {:>4} {:>8} {:>8}   seconds from healed to the shell's next number",
-            "", "cuts", "p50", "p99"
-        )?;
+        let words = "seconds from healed to the shell's next number";
+        writeln!(f, "{:24} {:>4} {:>8} {:>8} {:>8}   {words}", "", "cuts", "p50", "p99", "max")?;
         let mut row = |name: &str, all: Vec<Duration>| {
-            let (p50, p99) = (quantile(all.clone(), 0.5), quantile(all.clone(), 0.99));
-            writeln!(f, "{name:24} {:4} {:8.3} {:8.3}", all.len(), p50.as_secs_f64(), p99.as_secs_f64())
+            let [p50, p99, max] = [0.5, 0.99, 1.0].map(|share| quantile(all.clone(), share).as_secs_f64());
+            writeln!(f, "{name:24} {:4} {p50:8.3} {p99:8.3} {max:8.3}", all.len())
         };
         for (name, stalls) in &self.0 {
             row(name, stalls.clone())?;

@@ -14,7 +14,8 @@ use std::{
 
 use super::lab::{HUB, Host, Lab, run};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_culvert");
+/// Another build of the daemons than the one beside the tests, in the environment: an optimised one.
+const PROGRAM: &str = "CULVERT_BIN";
 /// For anything that takes no time on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// What is logged: enough to see why a resume took long.
@@ -22,6 +23,10 @@ const LOG: &str = "[log]\nlevel = \"info,culvert::service=debug,culvert::device=
 
 /// A forward and its target, both at this port of their host's loopback.
 pub(crate) type Route = (&'static str, u16);
+
+fn program() -> String {
+    std::env::var(PROGRAM).unwrap_or_else(|_| env!("CARGO_BIN_EXE_culvert").into())
+}
 
 /// The running daemons.
 pub(crate) struct Daemons {
@@ -35,7 +40,7 @@ impl Daemons {
     /// Sets everything up and starts it.
     pub(crate) fn start(lab: &Lab, routes: &[Route], resume_for: &str) -> Self {
         let dir = lab.dir.clone();
-        let init = run(Command::new(PROGRAM)
+        let init = run(Command::new(program())
             .args(["hub", "init", "--hostname", HUB, "--listen", "0.0.0.0:443", "--mqtt-listen", "off", "--dir"])
             .arg(dir.join("hub")));
         assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
@@ -48,7 +53,7 @@ impl Daemons {
         let hub = spawn(lab, &dir, Host::Hub, "hub");
 
         let add = run(lab
-            .on(Host::Hub, PROGRAM)
+            .on(Host::Hub, &program())
             .args(["registry", "add", "pump", "--connection-string-file"])
             .arg(dir.join("hub/owner.connection")));
         assert!(add.status.success(), "{}", String::from_utf8_lossy(&add.stderr));
@@ -162,7 +167,7 @@ fn spawn(lab: &Lab, dir: &Path, host: Host, role: &str) -> Child {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let config = if role == "hub" { dir.join("hub/hub.toml") } else { dir.join(format!("{role}.toml")) };
     let (out, err) = (log_file(dir, role), log_file(dir, role));
-    let mut command = lab.on(host, PROGRAM);
+    let mut command = lab.on(host, &program());
     command.args([role, "--config"]).arg(config).env("NOTIFY_SOCKET", &notify);
     let child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().unwrap();
     let mut message = [0; 4096];

@@ -13,9 +13,9 @@ use std::{
 
 /// The hub's address.
 pub(crate) const HUB: &str = "10.77.1.2";
-/// The addresses between which the device changes.
+/// The addresses between which the device and the service change.
 const DEVICE: [&str; 2] = ["10.77.3.2", "10.77.3.3"];
-const SERVICE: &str = "10.77.2.2";
+const SERVICE: [&str; 2] = ["10.77.2.2", "10.77.2.3"];
 /// Where `netbox` is, seen from the repository.
 const NETBOX: &str = "../shared/tools/netbox";
 /// Empties the connection table of a namespace by ctnetlink (IPCTNL_MSG_CT_DELETE without a key): what `conntrack -F`
@@ -42,7 +42,8 @@ pub(crate) struct Lab {
     /// For files of this run; kept if the test fails.
     pub(crate) dir: PathBuf,
     netbox: Option<Child>,
-    address: usize,
+    /// Which of its addresses the device has, and the service.
+    at: [usize; 2],
     ports: u16,
 }
 
@@ -52,7 +53,7 @@ impl Lab {
         let dir = std::env::temp_dir().join(format!("culvert-faults-{}-{name}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let name = format!("cf{}{}", std::process::id() % 100_000, &name[..1]);
-        let mut lab = Self { name, dir, netbox: None, address: 0, ports: 20_000 };
+        let mut lab = Self { name, dir, netbox: None, at: [0; 2], ports: 20_000 };
         let can = run(Command::new("ip").args(["netns", "add", &lab.netns(Host::Router)]));
         if !can.status.success() {
             eprintln!("SKIPPED: no network namespaces here: {}", String::from_utf8_lossy(&can.stderr));
@@ -66,7 +67,8 @@ impl Lab {
         for host in [Host::Hub, Host::Device, Host::Service] {
             self.ip(&["netns", "add", &self.netns(host)]);
         }
-        for (host, net, address) in [(Host::Hub, 1, HUB), (Host::Service, 2, SERVICE), (Host::Device, 3, DEVICE[0])] {
+        for (host, net, address) in [(Host::Hub, 1, HUB), (Host::Service, 2, SERVICE[0]), (Host::Device, 3, DEVICE[0])]
+        {
             let (ns, router, up) = (self.netns(host), self.netns(Host::Router), format!("to{net}"));
             self.ip(&["link", "add", "eth0", "netns", &ns, "type", "veth", "peer", "name", &up, "netns", &router]);
             if host != Host::Hub || self.netbox_program().is_none() {
@@ -165,13 +167,17 @@ impl Lab {
         assert!(forgot.status.success(), "{}", String::from_utf8_lossy(&forgot.stderr));
     }
 
-    /// The device moves to another address; the old one is gone.
-    pub(crate) fn move_device(&mut self) {
-        let old = DEVICE[self.address];
-        self.address = 1 - self.address;
-        let new = DEVICE[self.address];
-        self.sh(Host::Device, &format!("ip addr del {old}/24 dev eth0; ip addr add {new}/24 dev eth0"));
-        self.sh(Host::Device, "ip route replace default via 10.77.3.1");
+    /// The device or the service moves to another address; the old one is gone.
+    pub(crate) fn move_host(&mut self, host: Host) {
+        let (at, addresses, net) = match host {
+            Host::Device => (&mut self.at[0], DEVICE, 3),
+            _ => (&mut self.at[1], SERVICE, 2),
+        };
+        let old = addresses[*at];
+        *at = 1 - *at;
+        let new = addresses[*at];
+        self.sh(host, &format!("ip addr del {old}/24 dev eth0; ip addr add {new}/24 dev eth0"));
+        self.sh(host, &format!("ip route replace default via 10.77.{net}.1"));
     }
 
     /// Kills the sockets of a host to or from the hub.

@@ -1,12 +1,10 @@
 //! Sessions live through everything that can happen to their carrier: real daemons, real programs, real cuts.
 //!
 //! Each role runs on a host of its own (a network namespace); the device sits behind a NAT. An SSH shell, scp, HTTP
-//! downloads and pgbench share one device stream while it is cut again and again. The short form runs everywhere; the
-//! long form is
+//! downloads, pgbench and a remote desktop share one device stream while it is cut again and again. The short form runs
+//! with all other tests; the long form, with optimised daemons, is `tests/faults/run`.
 //!
-//! ```text
-//! CULVERT_FAULTS=200 cargo test --test faults -- --nocapture
-//! ```
+//! Whether everything goes on, whole and in order, is asserted; how long people waited is printed.
 //!
 //! Needs root, and the programs that are named above. With `netbox` beside the repository (`../shared/tools`) the hub's
 //! line has a round trip of 50 ms, and can be made bad.
@@ -15,6 +13,7 @@
 
 mod cut;
 mod daemons;
+mod desktop;
 mod lab;
 mod sessions;
 mod targets;
@@ -27,6 +26,7 @@ use std::{
 use self::{
     cut::{Cut, ROUND, Stalls},
     daemons::Daemons,
+    desktop::Desktop,
     lab::{Host, Lab},
     sessions::{Loops, Shell},
     targets::{ROUTES, Targets},
@@ -52,6 +52,7 @@ fn alone() -> File {
 struct World {
     // Dropped in this order.
     shell: Option<Shell>,
+    desktop: Option<Desktop>,
     daemons: Daemons,
     targets: Targets,
     lab: Lab,
@@ -64,14 +65,19 @@ impl World {
         let daemons = Daemons::start(&lab, &ROUTES, resume_for);
         lab.line(GOOD_LINE);
         let shell = Shell::open(&lab, &targets);
-        Some(Self { shell: Some(shell), daemons, targets, lab })
+        Some(Self { shell: Some(shell), desktop: None, daemons, targets, lab })
+    }
+
+    /// Adds a remote desktop to what goes on.
+    fn open_desktop(&mut self) {
+        self.desktop = Some(Desktop::open(&self.lab, &self.targets.xrdp));
     }
 
     fn shell(&self) -> &Shell {
         self.shell.as_ref().unwrap()
     }
 
-    /// Makes a cut and waits until the shell goes on; gives the stall.
+    /// Makes a cut and waits until shell and desktop go on; gives the shell's stall.
     fn cut(&mut self, number: usize, cut: Cut) -> Duration {
         self.daemons.note(&format!("{number}: {cut}"));
         let before = resumes(&self.daemons);
@@ -80,9 +86,12 @@ impl World {
         if let Err(why) = self.shell().wait_steady(healed, LOST) {
             panic!("cut {number} ({cut}): {why}");
         }
+        if let Some(Err(why)) = self.desktop.as_mut().map(|desktop| desktop.wait_answers(healed, 2, LOST)) {
+            panic!("cut {number} ({cut}): {why}");
+        }
         let stall = self.shell().stall(begun, healed);
         let resumed = resumes(&self.daemons) - before;
-        println!("cut {number:3} {cut:24} stall {:6.3} s, resumed {resumed}x", stall.as_secs_f64());
+        println!("cut {number:3} {:24} stall {:6.3} s, resumed {resumed}x", cut.to_string(), stall.as_secs_f64());
         stall
     }
 
@@ -92,7 +101,9 @@ impl World {
         let done = loops.finish(&mut faults);
         let (numbers, mut wrong) = self.shell.take().unwrap().finish();
         faults.append(&mut wrong);
-        println!("the shell printed {numbers} lines; done: {done:?}");
+        let (answers, wrong) = self.desktop.take().unwrap().finish();
+        faults.extend(wrong);
+        println!("the shell printed {numbers} lines, the desktop answered {answers} times; done: {done:?}");
         let transactions = done.iter().find(|(name, _)| *name == "pgbench").map_or(0, |(_, count)| *count);
         let recorded = self.targets.query(&self.lab, "select count(*) from pgbench_history");
         if recorded != i64::try_from(transactions).unwrap() {
@@ -104,6 +115,10 @@ impl World {
                 ["ERROR", "panicked", "link ended", "device stream ended: "].iter().any(|word| line.contains(word))
             };
             faults.extend(log.lines().filter(bad).map(|line| format!("{host:?}: {line}")));
+        }
+        let streams = self.daemons.log(Host::Service).matches("device stream open").count();
+        if streams != 1 {
+            faults.push(format!("{streams} device streams instead of one that was resumed"));
         }
         faults
     }
@@ -119,6 +134,7 @@ fn sessions_live_through_cuts_of_every_kind() {
     let _alone = alone();
     let cuts = std::env::var(CUTS).map_or(ROUND.len(), |text| text.parse().expect("a number of cuts"));
     let Some(mut world) = World::new("cuts", "15m", 200) else { return };
+    world.open_desktop();
     let loops = Loops::start(&world.lab, &world.targets, 6_000_000);
     let mut stalls = Stalls::default();
     for (number, cut) in ROUND.into_iter().cycle().take(cuts).enumerate() {
@@ -144,16 +160,17 @@ fn sessions_live_through_cuts_on_bad_lines() {
         eprintln!("SKIPPED: no netbox beside the repository");
         return;
     }
+    world.open_desktop();
     let loops = Loops::start(&world.lab, &world.targets, 1_000_000);
-    let rounds = if std::env::var_os(CUTS).is_some() { 5 } else { 1 };
-    let mut number = 0;
+    // In the short form the kinds are shared out among the lines.
+    let per_line = if std::env::var_os(CUTS).is_some() { 5 * cuts.len() } else { 2 };
+    let mut cuts = cuts.into_iter().cycle().enumerate();
     for line in lines {
         world.lab.line(line);
         println!("line: {line}");
         let mut stalls = Stalls::default();
-        for cut in std::iter::repeat_n(cuts, rounds).flatten() {
-            number += 1;
-            stalls.add(cut, world.cut(number, cut));
+        for (number, cut) in cuts.by_ref().take(per_line) {
+            stalls.add(cut, world.cut(number + 1, cut));
         }
         println!("{stalls}");
     }

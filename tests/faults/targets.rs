@@ -1,4 +1,4 @@
-//! What the device offers: sshd, PostgreSQL and nginx, each started for the test on the device's loopback.
+//! What the device offers: sshd, PostgreSQL, nginx and xrdp, each started for the test on the device's loopback.
 //!
 //! Owns their files and processes. Does not know culvert. Invariant: they run until the value is dropped.
 
@@ -15,17 +15,19 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     daemons::{PATIENCE, Route},
+    desktop::{self, Xrdp},
     lab::{Host, Lab, run},
 };
 
 /// Names and ports of the targets, and of the forwards that lead to them.
-pub(crate) const ROUTES: [Route; 3] = [("ssh", 7022), ("sql", 7054), ("web", 7080)];
+pub(crate) const ROUTES: [Route; 4] = [("ssh", 7022), ("sql", 7054), ("web", 7080), ("rdp", desktop::PORT)];
 /// The file that is copied and downloaded.
 pub(crate) const BIG_FILE: &str = "big";
 
 /// The running targets.
 pub(crate) struct Targets {
     running: Vec<Child>,
+    pub(crate) xrdp: Xrdp,
     dir: PathBuf,
     /// SHA-256 of the big file.
     pub(crate) checksum: [u8; 32],
@@ -40,11 +42,12 @@ impl Targets {
         lab.sh(Host::Device, &make);
         let checksum = checksum(fs::File::open(dir.join("www").join(BIG_FILE)).unwrap());
         let running = vec![sshd(lab, &dir), postgres(lab, &dir), nginx(lab, &dir)];
+        let xrdp = Xrdp::start(lab);
         wait_for_ports(lab);
         let sql = "createdb -h 127.0.0.1 -p 7054 -U postgres bench && \
             pgbench -q -i -h 127.0.0.1 -p 7054 -U postgres bench 2>&1";
         lab.sh(Host::Device, sql);
-        Self { running, dir, checksum }
+        Self { running, xrdp, dir, checksum }
     }
 
     /// The number that a query at the database itself yields.
