@@ -45,6 +45,11 @@ const URGENT_SPREAD_MICROS: u64 = 200_000;
 const LOGIN_HOLD: Duration = Duration::from_secs(10);
 /// Between attempts at the configured hub or credential while the former one is in use because it does not work.
 const CONFIGURED_RETRY: Duration = Duration::from_secs(30);
+/// A leg was lost, and the request for the next one is awaited: the session is probed after this time, and again after
+/// twice as long each, for a NAT may have forgotten it without a word to us...
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+/// ... until its own pings come as often.
+const LAST_LOOK: Duration = Duration::from_secs(15);
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
 const MAX_WAITING: usize = 64;
 
@@ -71,6 +76,8 @@ pub(super) struct ControlDeps {
     pub(super) in_use: Arc<Mutex<HubClient>>,
     /// True if connections wait for the hub to be reached again.
     pub(super) is_urgent: Box<dyn Fn() -> bool + Send + Sync>,
+    /// True if connections wait for a stream request.
+    pub(super) awaits_request: Box<dyn Fn() -> bool + Send + Sync>,
     /// Notice of network changes.
     pub(super) network: NetworkChanges,
     /// Counts.
@@ -102,6 +109,8 @@ struct Keeper {
     waiting: VecDeque<String>,
     /// What was published on the session in use, and when: it is lost if nothing was heard since.
     published: VecDeque<(Instant, String)>,
+    /// When the session is probed because a request is awaited through it, and how long that is after the time before.
+    look: Option<(Instant, Duration)>,
     last_problem: String,
     was_connected: bool,
 }
@@ -115,6 +124,7 @@ enum Action {
     Begin,
     Renew,
     Suspect,
+    Look,
     Network,
     HubChanged,
     Publish(String),
@@ -153,6 +163,7 @@ impl Keeper {
             opened: now,
             waiting: VecDeque::new(),
             published: VecDeque::new(),
+            look: None,
             last_problem: String::new(),
             was_connected: false,
         }
@@ -176,6 +187,7 @@ impl Keeper {
             () = sleep_until(begin.unwrap_or_else(Instant::now)), if begin.is_some() => Action::Begin,
             () = sleep_until(self.renew), if watching => Action::Renew,
             () = suspect(monitor.as_ref()), if watching => Action::Suspect,
+            () = at(self.look.map(|(at, _)| at)) => Action::Look,
             () = self.deps.network.changed() => Action::Network,
             Ok(()) = self.deps.hub.changed() => Action::HubChanged,
             Some(topic) = self.deps.outbox.recv() => Action::Publish(topic),
@@ -216,13 +228,24 @@ impl Keeper {
                 self.doubted = false;
                 self.next = Some(Instant::now());
             }
+            Action::Look => self.look(),
             Action::Publish(topic) => {
                 // A leg that was lost casts a doubt on its neighbour, through which the hub shall learn of it.
                 if matches!(DeviceTopic::parse(&topic), DeviceTopic::Lost(_)) {
                     self.session.iter().for_each(|session| session.monitor().probe());
+                    self.look = Some((Instant::now() + FIRST_LOOK, FIRST_LOOK));
                 }
                 self.publish(topic);
             }
+        }
+    }
+
+    /// Probes the session as long as a request is awaited through it.
+    fn look(&mut self) {
+        let next = self.look.take().map(|(_, pause)| 2 * pause);
+        if (self.deps.awaits_request)() {
+            self.session.iter().for_each(|session| session.monitor().probe());
+            self.look = next.filter(|pause| *pause <= LAST_LOOK).map(|pause| (Instant::now() + pause, pause));
         }
     }
 
@@ -394,6 +417,13 @@ async fn next_request(session: &mut Option<ControlSession>) -> Result<StreamRequ
     }
 }
 
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn suspect(monitor: Option<&crate::transport::carrier::CarrierMonitor>) {
     match monitor {
         Some(monitor) => monitor.suspect().await,
@@ -424,6 +454,7 @@ mod tests {
             state,
             in_use: Arc::new(Mutex::new(hub.borrow().clone())),
             is_urgent: Box::new(|| false),
+            awaits_request: Box::new(|| true),
             network: NetworkChanges::start(CancellationToken::new()).0,
             metrics: DeviceMetrics::default(),
         };
@@ -491,6 +522,24 @@ mod tests {
         keeper.next = Some(Instant::now() + ATTEMPT_LIMIT);
         keeper.failed(&hub, &SessionError::Timeout);
         assert!(wait(&keeper) <= Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_through_which_a_request_is_awaited_is_looked_after() {
+        let (mut keeper, _hub, _) = keeper();
+        keeper.apply(Action::Publish(crate::proto::control::lost_topic("abc")));
+        let mut pauses = Vec::new();
+        while let Some((at, _)) = keeper.look {
+            pauses.push((at - Instant::now()).as_secs());
+            tokio::time::advance(at - Instant::now()).await;
+            keeper.apply(Action::Look);
+        }
+        assert_eq!(pauses, [1, 2, 4, 8]);
+
+        keeper.deps.awaits_request = Box::new(|| false);
+        keeper.apply(Action::Publish(crate::proto::control::lost_topic("abc")));
+        keeper.apply(Action::Look);
+        assert!(keeper.look.is_none(), "another carrier came");
     }
 
     #[tokio::test(start_paused = true)]

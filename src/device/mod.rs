@@ -130,6 +130,10 @@ impl Device {
                 let mux = mux.clone();
                 move || mux.has_flows()
             }),
+            awaits_request: Box::new({
+                let mux = mux.clone();
+                move || mux.awaits_request()
+            }),
             network,
             metrics,
         };

@@ -289,6 +289,12 @@ impl MuxLegs {
         self.lock().sessions.values().any(|entry| entry.mux.as_ref().is_some_and(|mux| mux.channels() > 0))
     }
 
+    /// True if connections wait for a carrier that only a stream request can bring.
+    pub(super) fn awaits_request(&self) -> bool {
+        let waits = |entry: &Entry| entry.sid.is_none() && entry.mux.as_ref().is_some_and(|mux| mux.channels() > 0);
+        self.lock().sessions.values().any(waits)
+    }
+
     /// One entry per session, for `culvert status`.
     pub(super) fn status(&self) -> serde_json::Value {
         let table = self.lock();
