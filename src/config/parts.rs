@@ -175,20 +175,23 @@ impl Default for LinkLimits {
     }
 }
 
-/// Received bytes that wait in the mux of a service: 256 downloads that a person has paused hold 256 KiB each, and one
-/// download over 300 ms at 1 Gbit/s needs 38 MiB on the way. Services run where there is memory.
-const SERVICE_BUFFERED: usize = 64 << 20;
+/// Received bytes that wait in the mux where there is memory, as services run where there is: 256 downloads that a person
+/// has paused hold 256 KiB each, and one download over 300 ms at 1 Gbit/s needs 38 MiB on the way.
+const AMPLE_BUFFERED: usize = 64 << 20;
+/// From this much memory on a device has it, too: 16 services at their worst take half of it.
+const LARGE_MACHINE: u64 = 2 << 30;
 /// Below this much memory a machine is small (issue 4: routers, gateways, containers).
 const SMALL_MACHINE: u64 = 256 << 20;
 
 impl LinkLimits {
     /// The defaults on a machine, or within a memory limit, of that size: on small ones a link keeps 4 MiB and
-    /// all together four times as much.
+    /// all together four times as much; on large ones an upload gets the window that a fast long path needs.
     pub fn for_memory(bytes: Option<u64>) -> Self {
         match bytes {
             Some(bytes) if bytes < SMALL_MACHINE => {
                 Self { max_replay: 4 << 20, max_replay_total: 16 << 20, ..Self::default() }
             }
+            Some(bytes) if bytes >= LARGE_MACHINE => Self { max_buffered: AMPLE_BUFFERED, ..Self::default() },
             _ => Self::default(),
         }
     }
@@ -197,7 +200,7 @@ impl LinkLimits {
     pub fn for_service(bytes: Option<u64>) -> Self {
         match bytes {
             Some(bytes) if bytes < SMALL_MACHINE => Self::for_memory(Some(bytes)),
-            _ => Self { max_buffered: SERVICE_BUFFERED, ..Self::default() },
+            _ => Self { max_buffered: AMPLE_BUFFERED, ..Self::default() },
         }
     }
 }
@@ -254,6 +257,16 @@ pub(super) const DEFAULT_RESUME_FOR: Duration = Duration::from_secs(15 * 60);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_holds_what_its_memory_allows() {
+        let held = |mebibytes: u64| {
+            let limits = LinkLimits::for_memory(Some(mebibytes << 20));
+            (limits.max_buffered >> 20, limits.max_replay >> 20)
+        };
+        assert_eq!([held(128), held(512), held(4096)], [(8, 4), (8, 32), (64, 32)]);
+        assert_eq!(LinkLimits::for_memory(None), LinkLimits::default());
+    }
 
     #[test]
     fn addresses_print_as_they_are_written() {
