@@ -41,6 +41,10 @@ const AT_ONCE: Duration = Duration::from_secs(30);
 /// A stall that counts as "never".
 const LOST: Duration = Duration::from_secs(90);
 
+fn wanted_cuts() -> usize {
+    std::env::var(CUTS).map_or(ROUND.len(), |text| text.parse().expect("a number of cuts"))
+}
+
 /// Tests that measure time run one at a time, in whatever processes they are.
 fn alone() -> File {
     let file = File::create(std::env::temp_dir().join("culvert-faults.lock")).unwrap();
@@ -132,7 +136,7 @@ fn resumes(daemons: &Daemons) -> usize {
 #[test]
 fn sessions_live_through_cuts_of_every_kind() {
     let _alone = alone();
-    let cuts = std::env::var(CUTS).map_or(ROUND.len(), |text| text.parse().expect("a number of cuts"));
+    let cuts = wanted_cuts();
     let Some(mut world) = World::new("cuts", "15m", 200) else { return };
     world.open_desktop();
     let loops = Loops::start(&world.lab, &world.targets, 6_000_000);
@@ -162,8 +166,8 @@ fn sessions_live_through_cuts_on_bad_lines() {
     }
     world.open_desktop();
     let loops = Loops::start(&world.lab, &world.targets, 1_000_000);
-    // In the short form the kinds are shared out among the lines.
-    let per_line = if std::env::var_os(CUTS).is_some() { 5 * cuts.len() } else { 2 };
+    // Half as many as on the good line, in all; in the short form the kinds are shared out among the lines.
+    let per_line = wanted_cuts() / 2 / lines.len();
     let mut cuts = cuts.into_iter().cycle().enumerate();
     for line in lines {
         world.lab.line(line);
