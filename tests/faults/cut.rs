@@ -15,6 +15,9 @@ use super::{
     lab::{Host, Lab},
 };
 
+/// Within it some have a control session and some half a device stream.
+const HALF_BACK: Duration = Duration::from_millis(700);
+
 /// One way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cut {
@@ -28,6 +31,8 @@ pub(crate) enum Cut {
     Move(Host),
     /// The hub is killed and started again.
     Crash,
+    /// The same once more, while everybody comes back.
+    CrashTwice,
     /// The hub is stopped in order and started again.
     Restart,
 }
@@ -45,7 +50,7 @@ pub(crate) const ROUND: [Cut; 20] = [
     Cut::Silence(Host::Service, 5),
     Cut::Move(Host::Service),
     Cut::Kill(Host::Device),
-    Cut::Crash,
+    Cut::CrashTwice,
     Cut::Silence(Host::Service, 20),
     Cut::Kill(Host::Hub),
     Cut::Move(Host::Device),
@@ -69,6 +74,11 @@ impl Cut {
             Self::Forget => lab.forget_mappings(),
             Self::Move(host) => lab.move_host(host),
             Self::Crash => daemons.crash(lab, Host::Hub),
+            Self::CrashTwice => {
+                daemons.crash(lab, Host::Hub);
+                sleep(HALF_BACK);
+                daemons.crash(lab, Host::Hub);
+            }
             Self::Restart => daemons.restart(lab, Host::Hub),
         }
         Instant::now()
@@ -83,6 +93,7 @@ impl fmt::Display for Cut {
             Self::Forget => f.write_str("NAT forgets"),
             Self::Move(host) => write!(f, "{host:?} moves"),
             Self::Crash => f.write_str("hub kill -9"),
+            Self::CrashTwice => f.write_str("hub kill -9, twice"),
             Self::Restart => f.write_str("hub SIGTERM"),
         }
     }

@@ -105,6 +105,7 @@ fn a_link_that_nobody_resumes_ends_with_a_reset() {
     client.read_exact(&mut [0; 5]).unwrap();
     proxy.refuse(true);
     assert_eq!(read_to_end(&mut client), (Vec::new(), End::Reset));
+    world.service.wait_for_line(&["INFO", "cannot resume yet: "]);
     world.service.wait_for_line(&["WARN", "link ended: its flows are reset"]);
     world
         .service

@@ -175,3 +175,18 @@ async fn metrics_follow_the_life_of_links() {
     assert_eq!((metrics.links.get(), metrics.attached.get(), metrics.replay_bytes.get()), (0, 0, 0));
     assert_eq!(registry.gather().len(), 7);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_carrier_that_is_replaced_counts_as_a_stall() {
+    let (near, _silent) = duplex(64 * 1024);
+    let settings = LinkSettings::default();
+    let (mut link, control) =
+        Link::begin(LinkId([1; 16]), Secret::new([7; 32]), Options::default(), settings.clone(), Box::new(near));
+    link.write_all(b"is anybody there").await.unwrap();
+    link.flush().await.unwrap();
+    tokio::time::advance(std::time::Duration::from_secs(7)).await;
+    let (near, _far) = duplex(64 * 1024);
+    control.attach(Box::new(near), 2, Positions::default()).unwrap();
+    assert_eq!(settings.metrics.resumes.with_label_values(&["replaced"]).get(), 1);
+    assert_eq!(settings.metrics.stall_seconds.get_sample_sum(), 7.0);
+}
