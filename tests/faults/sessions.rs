@@ -91,6 +91,21 @@ impl Shell {
         }
     }
 
+    /// Waits until so many numbers have come after `since`, however they come.
+    pub(crate) fn wait_numbers(&self, since: Instant, count: usize, limit: Duration) -> Result<(), String> {
+        let begun = Instant::now();
+        while self.seen.lock().unwrap().iter().rev().take_while(|at| **at > since).count() < count {
+            if self.ended.load(Relaxed) {
+                return Err("the ssh session ended".into());
+            }
+            if begun.elapsed() > limit {
+                return Err(format!("fewer than {count} numbers for {limit:?}"));
+            }
+            sleep(TICK);
+        }
+        Ok(())
+    }
+
     /// How long nothing came after `healed`, by the longest pause since `cut`.
     pub(crate) fn stall(&self, cut: Instant, healed: Instant) -> Duration {
         let seen = self.seen.lock().unwrap();
