@@ -4,6 +4,7 @@
 //! has arrived whole, or there is an error.
 
 mod clock;
+pub(super) mod fuzz;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::dial::{DialError, Dialer};
+
+pub use fuzz::{fuzz_answer, fuzz_url};
 
 /// An answer's body: a page of a device list is far below.
 const MAX_BODY: usize = 1 << 20;

@@ -5,6 +5,7 @@
 //! Invariant: a ticket admits one leg, once; a bridge that stands on an admission that no longer holds ends.
 
 mod frames;
+mod fuzz;
 mod relay;
 
 use std::{
@@ -21,6 +22,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
+pub use self::fuzz::{fuzz_frames, fuzz_relay};
 pub(in crate::hub) use self::relay::{Leg, Side};
 use self::{
     frames::PeerClose,
@@ -494,11 +496,6 @@ impl Drop for Forget {
     fn drop(&mut self) {
         self.bridges.forget(&self.sid);
     }
-}
-
-/// Feeds any bytes to the decoder of WebSocket frames. For fuzzing.
-pub fn fuzz_frames(data: &[u8]) {
-    frames::fuzz(data);
 }
 
 fn hex(bytes: &[u8]) -> String {
