@@ -124,7 +124,7 @@ struct Entry {
 }
 
 enum ToBridge {
-    Leg(Side, Leg<Box<dyn LegIo>>),
+    Leg(Side, Box<BoxedLeg>),
     Expires(Instant),
 }
 
@@ -147,7 +147,7 @@ impl Seat {
     /// Takes the seat. If the bridge has ended meanwhile, the leg is dropped.
     pub(in crate::hub) async fn join(self, leg: Leg<Box<dyn LegIo>>) {
         // Room for both legs is in the inbox; an error means that the bridge is gone.
-        let _ = self.inbox.send(ToBridge::Leg(self.side, leg)).await;
+        let _ = self.inbox.send(ToBridge::Leg(self.side, Box::new(leg))).await;
     }
 }
 
@@ -397,8 +397,8 @@ async fn pair(
     let reason = loop {
         tokio::select! {
             message = legs.recv() => match message {
-                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(leg),
-                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(leg),
+                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(*leg),
+                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(*leg),
                 Some(ToBridge::Expires(later)) => expires = later,
                 None => break Unpaired::Withdrawn,
             },

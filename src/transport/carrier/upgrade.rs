@@ -169,7 +169,7 @@ pub fn fuzz_upgrade(data: &[u8]) {
         Upgrade { host: "hub", path: "/bridges/1", subprotocol: Some("mqtt"), bearer: None, user_agent: "culvert" };
     let options = CarrierOptions { liveness: None, ..CarrierOptions::CONTROL };
     let upgraded = block_on(Carrier::client(Scripted::saying(data), &upgrade, options));
-    let error = upgraded.err().expect("the answer is to another key");
+    let error = upgraded.expect_err("the answer is to another key");
     assert!(!matches!(error, UpgradeError::Timeout), "the exchange ends with its server");
     assert!(!error.to_string().contains(char::is_control), "{error:?}");
 }
