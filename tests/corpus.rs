@@ -18,8 +18,12 @@ const MAX_INPUT: usize = 8192;
 
 type Parser = fn(&[u8]);
 
-const PARSERS: [(&str, Parser); 14] = [
+const PARSERS: [(&str, Parser); 23] = [
+    ("answer", culvert::service::fuzz_answer),
+    ("carrier", culvert::transport::carrier::fuzz_carrier),
+    ("certificate", culvert::hub::control::fuzz_certificate),
     ("connection_string", culvert::auth::connstr::fuzz_connection_string),
+    ("control_socket", culvert::agent::control_socket::fuzz_control_socket),
     ("device", culvert::hub::fuzz_device),
     ("frames", culvert::hub::fuzz_frames),
     ("head", culvert::hub::fuzz_head),
@@ -30,8 +34,13 @@ const PARSERS: [(&str, Parser); 14] = [
     ("open", culvert::proto::open::fuzz_open),
     ("path", culvert::hub::fuzz_path),
     ("proxy_answer", culvert::transport::dial::fuzz_proxy_answer),
+    ("relay", culvert::hub::fuzz_relay),
+    ("request", culvert::hub::fuzz_request),
     ("sas", culvert::auth::sas::fuzz_sas),
+    ("session", culvert::hub::fuzz_session),
     ("topics", culvert::proto::control::fuzz_topics),
+    ("upgrade", culvert::transport::carrier::fuzz_upgrade),
+    ("url", culvert::transport::http::fuzz_url),
     ("yamux", culvert::proto::yamux::fuzz_yamux),
 ];
 

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
@@ -347,6 +347,22 @@ async fn read_line(socket: &mut Buffered) -> io::Result<Vec<u8>> {
         _ if line.len() + 1 >= MAX_LINE => Err(io::Error::new(io::ErrorKind::InvalidData, "the line is too long")),
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
+}
+
+/// Any bytes from either side of the socket: a request, an answer, or the chunks of a joined stream. For fuzzers.
+///
+/// # Panics
+/// If a request changes its meaning on the way, or a joined stream yields more than came.
+pub fn fuzz_control_socket(data: &[u8]) {
+    if let Ok(request) = serde_json::from_slice::<Request>(data) {
+        let again = serde_json::to_vec(&request).ok().and_then(|line| serde_json::from_slice(&line).ok());
+        assert_eq!(again, Some(request), "a request can be said again");
+    }
+    // Either is fine; only a panic is not.
+    let _ = serde_json::from_slice::<AnswerLine>(data);
+    let mut plain = Vec::new();
+    let unpacked = unpack(data, &mut plain).now_or_never().expect("bytes in memory are always there");
+    assert!(plain.len() < data.len() || unpacked.is_err(), "an end that nobody sent");
 }
 
 /// An identity as its text.

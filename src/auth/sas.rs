@@ -164,6 +164,8 @@ pub fn device_resource(host: &str, identity: &Identity) -> String {
 }
 
 fn mac(resource: &str, expiry: &str, key: &Secret) -> [u8; 32] {
+    #[cfg(test)]
+    tests::MACS.set(tests::MACS.get() + 1);
     // HMAC takes a key of any length (RFC 2104), so this cannot fail.
     let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(key.expose()) else { return [0; 32] };
     mac.update(resource.as_bytes());
@@ -217,9 +219,18 @@ pub fn fuzz_sas(data: &[u8]) {
     sas.covers_hub("hub.example.com");
 }
 
+/// How many signatures this thread has made so far: what a refusal costs can be counted, while its time cannot be
+/// asserted.
+#[cfg(test)]
+pub(crate) fn macs_made() -> usize {
+    tests::MACS.get()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    thread_local!(pub(super) static MACS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) });
 
     const HOST: &str = "hub.example.com";
 

@@ -52,6 +52,7 @@ pub(in crate::hub) fn error(error: &ApiError) -> Answer {
     }
     if matches!(error, ApiError::Unauthorized(_)) {
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        challenge(&mut answer, "SharedAccessSignature");
     }
     answer
 }
@@ -63,6 +64,11 @@ pub(in crate::hub) fn refusal(status: StatusCode, text: &'static str) -> Answer 
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     answer
+}
+
+/// Says which kind of credential a 401 wants (RFC 9110, section 11.6.1).
+pub(in crate::hub) fn challenge(answer: &mut Answer, scheme: &'static str) {
+    answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
 }
 
 /// Sets a header. A value that HTTP does not allow is left out.

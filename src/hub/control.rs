@@ -38,7 +38,7 @@ use crate::proto::{
     mqtt::{ConnectCode, MqttError, Packet, PacketId, Publish, Subscribe},
 };
 
-pub use login::fuzz_login;
+pub use login::{fuzz_certificate, fuzz_login};
 pub(in crate::hub) use sessions::Sessions;
 
 /// CONNECT must have arrived within this time (threats.md, row 13).

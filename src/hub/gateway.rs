@@ -27,6 +27,9 @@ use crate::transport::carrier::{Carrier, CarrierOptions};
 /// can reorder them; 128 KiB keep full rate at 50 ms, as measured for carriers (`transport::net`).
 const NOTSENT_LOWAT: u32 = 128 * 1024;
 
+/// The sub-protocol of control sessions. The SDKs for C offer it at the streaming endpoint too.
+const SUBPROTOCOL: &str = "mqtt";
+
 /// How long a control session's Close may take; the same as on the MQTT listener.
 const GOODBYE: Duration = Duration::from_secs(5);
 
@@ -36,12 +39,16 @@ pub(in crate::hub) type Io = TlsStream<TcpStream>;
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
 pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], request: &mut Request<Incoming>) -> Answer {
     let hub = &connection.hub;
-    let refused = || answer::refusal(StatusCode::UNAUTHORIZED, "The token is not valid, or was used before.\n");
+    let refused = || {
+        let mut answer = answer::refusal(StatusCode::UNAUTHORIZED, "The token is not valid, or was used before.\n");
+        answer::challenge(&mut answer, "Bearer");
+        answer
+    };
     let (Some(token), Some((sid, side))) = (bearer(request.headers()), bridge_of(gaps)) else { return refused() };
     if !hub.bridges.knows(token, sid, side) {
         return refused();
     }
-    let offer = match Offer::read(request.headers()) {
+    let offer = match Offer::read(request.headers(), SUBPROTOCOL) {
         Ok(offer) => offer,
         Err(error) => return error.answer(),
     };
@@ -60,11 +67,11 @@ pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], reques
 
 /// Hands a connection to a control session.
 pub(in crate::hub) fn control(connection: &Arc<Connection>, request: &mut Request<Incoming>) -> Answer {
-    let offer = match Offer::read(request.headers()) {
+    let offer = match Offer::read(request.headers(), SUBPROTOCOL) {
         Ok(offer) => offer,
         Err(error) => return error.answer(),
     };
-    if offer.protocol.as_deref().is_some_and(|protocol| !protocol.eq_ignore_ascii_case("mqtt")) {
+    if offer.protocol.as_deref().is_some_and(|protocol| !protocol.eq_ignore_ascii_case(SUBPROTOCOL)) {
         return answer::refusal(StatusCode::BAD_REQUEST, "The sub-protocol spoken here is mqtt.\n");
     }
     let upgrade = hyper::upgrade::on(request);

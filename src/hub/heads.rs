@@ -5,7 +5,7 @@
 //! [`MAX_HEAD`] bytes long, with CRLF at every line's end, no folded line, and at most one length.
 //!
 //! Why: hyper accepts bare LF and settles a conflict of lengths by itself; a proxy in front may settle it otherwise.
-//! Request bodies come with Content-Length only: no known client of this API sends them in chunks.
+//! Request bodies come with Content-Length only: no known client of this API sends them in chunks (411).
 
 use std::{
     io,
@@ -33,6 +33,8 @@ const CHUNK: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
     Malformed,
+    /// A body in chunks, without a length.
+    LengthRequired,
     TooLarge,
 }
 
@@ -247,6 +249,7 @@ impl Refusal {
     fn answer(self) -> &'static [u8] {
         match self {
             Self::Malformed => b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            Self::LengthRequired => b"HTTP/1.1 411 Length Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
             Self::TooLarge => {
                 b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
             }
@@ -286,7 +289,10 @@ fn check_head(head: &[u8]) -> Result<Head, Refusal> {
         fields.take(line)?;
     }
     match fields {
-        Fields { hosts: 1, length, upgrade } => Ok(Head { body: length.unwrap_or(0), upgrade }),
+        Fields { hosts: 1, length: None, chunked: true, upgrade: false } => Err(Refusal::LengthRequired),
+        // After a switch of protocols nobody could say where the body ends.
+        Fields { hosts: 1, length: Some(1..), upgrade: true, .. } => Err(Refusal::Malformed),
+        Fields { hosts: 1, length, chunked: false, upgrade } => Ok(Head { body: length.unwrap_or(0), upgrade }),
         Fields { .. } => Err(Refusal::Malformed),
     }
 }
@@ -298,7 +304,8 @@ fn check_request_line(line: &str) -> Result<(), Refusal> {
     else {
         return Err(Refusal::Malformed);
     };
-    let good = is_token(method) && target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic());
+    let in_target = |byte: u8| byte.is_ascii_graphic() && byte != b'#';
+    let good = is_token(method) && target.starts_with('/') && target.bytes().all(in_target);
     if good { Ok(()) } else { Err(Refusal::Malformed) }
 }
 
@@ -306,6 +313,7 @@ fn check_request_line(line: &str) -> Result<(), Refusal> {
 struct Fields {
     hosts: usize,
     length: Option<u64>,
+    chunked: bool,
     upgrade: bool,
 }
 
@@ -318,10 +326,16 @@ impl Fields {
         }
         if name.eq_ignore_ascii_case("host") {
             self.hosts += 1;
+            if !is_authority(value) {
+                return Err(Refusal::Malformed);
+            }
         } else if name.eq_ignore_ascii_case("upgrade") {
             self.upgrade = true;
         } else if name.eq_ignore_ascii_case("transfer-encoding") {
-            return Err(Refusal::Malformed);
+            if self.chunked || !value.eq_ignore_ascii_case("chunked") {
+                return Err(Refusal::Malformed);
+            }
+            self.chunked = true;
         } else if name.eq_ignore_ascii_case("content-length") {
             let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
             let length = value.parse().ok().filter(|_| digits && self.length.is_none());
@@ -329,6 +343,11 @@ impl Fields {
         }
         Ok(())
     }
+}
+
+/// A host, perhaps with a port: nothing that another parser could take for a path or a user's name (RFC 9112, 3.2).
+fn is_authority(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%:[]".contains(&byte))
 }
 
 fn is_token(text: &str) -> bool {
@@ -385,7 +404,10 @@ mod tests {
             "GET /x HTTP/1.1\r\nHost: h\rX: y\r\n\r\n".into(),
             format!("{GET}X: a\r\n b\r\n\r\n"),
             format!("{GET}X: a\r\n\tb\r\n\r\n"),
-            format!("{GET}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+            format!("{GET}Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+            format!("{GET}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+            format!("{GET}Transfer-Encoding: chunked\r\nUpgrade: websocket\r\n\r\n0\r\n\r\n"),
+            format!("{GET}Content-Length: 3\r\nUpgrade: websocket\r\n\r\nabc"),
             format!("{GET}Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc"),
             format!("{GET}Content-Length: 3\r\nTransfer-Encoding: xchunked\r\n\r\nabc"),
             format!("{GET}Transfer-Encoding : chunked\r\n\r\n"),
@@ -404,6 +426,13 @@ mod tests {
             format!("{GET}X: \x1b[31m\r\n\r\n"),
             format!("{GET}Host: other\r\n\r\n"),
             "GET /x HTTP/1.1\r\n\r\n".into(),
+            "GET /x HTTP/1.1\r\nHost:\r\n\r\n".into(),
+            "GET /x HTTP/1.1\r\nHost: a b\r\n\r\n".into(),
+            "GET /x HTTP/1.1\r\nHost: h/x\r\n\r\n".into(),
+            "GET /x HTTP/1.1\r\nHost: user@h\r\n\r\n".into(),
+            "GET /x#y HTTP/1.1\r\nHost: h\r\n\r\n".into(),
+            "GET\t/x\tHTTP/1.1\r\nHost: h\r\n\r\n".into(),
+            "GET /x HTTP/1.1 \r\nHost: h\r\n\r\n".into(),
             "GET /x HTTP/1.0\r\nHost: h\r\n\r\n".into(),
             "GET /x HTTP/2.0\r\nHost: h\r\n\r\n".into(),
             "GET /x\r\nHost: h\r\n\r\n".into(),
@@ -419,6 +448,12 @@ mod tests {
             assert!(seen.is_empty(), "{request:?}");
             assert!(answer.starts_with(b"HTTP/1.1 400 "), "{request:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_body_in_chunks_is_asked_for_its_length() {
+        let (seen, answer) = through(format!("{GET}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n").as_bytes()).await;
+        assert!(seen.is_empty() && answer.starts_with(b"HTTP/1.1 411 "));
     }
 
     #[tokio::test]

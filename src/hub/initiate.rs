@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     bridge::{About, Full, Sid, Side},
@@ -36,8 +36,10 @@ pub(in crate::hub) struct Initiation {
     pub(in crate::hub) caller: Caller,
     /// How long an absent device is waited for.
     pub(in crate::hub) connect: Duration,
-    /// How long its answer is.
+    /// How long its answer is waited for.
     pub(in crate::hub) response: Duration,
+    /// How long both together may take, if less than their sum.
+    pub(in crate::hub) total: Duration,
 }
 
 /// What the device said.
@@ -71,7 +73,9 @@ pub(in crate::hub) async fn initiate(hub: &HubShared, wish: &Initiation) -> Resu
         rid: random::uuid(),
     };
     let invited = tokio::select! {
+        biased;
         invited = hub.courier.invite(&wish.identity, invitation, wish.connect, wish.response) => invited,
+        () = sleep_until(began + wish.total) => Err(InviteError::NoAnswer),
         () = hub.shutdown.cancelled() => return Err(ApiError::Unavailable { retry_after: RETRY_AFTER }),
     };
     let Answered { answer, admission } = invited.map_err(|error| match error {

@@ -12,6 +12,7 @@ mod bridge;
 pub mod control;
 pub mod courier;
 mod devices_api;
+mod fuzz;
 mod gateway;
 mod guard;
 mod heads;
@@ -29,8 +30,9 @@ pub mod shared;
 mod streams_api;
 mod upgrade;
 
-pub use bridge::fuzz_frames;
+pub use bridge::{fuzz_frames, fuzz_relay};
 pub use devices_api::fuzz_device;
+pub use fuzz::{fuzz_request, fuzz_session};
 pub use heads::fuzz_head;
 pub use routes::fuzz_path;
 

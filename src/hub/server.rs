@@ -41,7 +41,7 @@ const LABEL: &str = "https";
 pub(in crate::hub) struct Connection {
     pub(in crate::hub) hub: Arc<HubShared>,
     pub(in crate::hub) peer: PeerInfo,
-    newcomer: Mutex<Option<Newcomer>>,
+    pub(in crate::hub) newcomer: Mutex<Option<Newcomer>>,
 }
 
 impl Connection {
@@ -132,11 +132,19 @@ async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Tl
     }
 }
 
-async fn answer(connection: Arc<Connection>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+pub(in crate::hub) async fn answer(
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Answer, Infallible> {
     let found = routes::find(request.uri().path());
     let label = found.as_ref().map_or("none", |(route, _)| route.label);
     let metrics = connection.hub.metrics.clone();
-    let answer = judge(&connection, found, request).await;
+    let wants_upgrade = request.headers().contains_key(header::UPGRADE);
+    let mut answer = judge(&connection, found, request).await;
+    if wants_upgrade && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+        // The guard looks at nothing behind a request that could have switched protocols: it is the last.
+        answer.headers_mut().entry(header::CONNECTION).or_insert(HeaderValue::from_static("close"));
+    }
     metrics.requests.with_label_values(&[label, answer.status().as_str()]).inc();
     Ok(answer)
 }
@@ -165,8 +173,9 @@ async fn judge(
                 Err(error) => return refused(connection, &request, &error),
             };
             connection.authenticated();
+            let methods = found.as_ref().map_or(&[][..], |(route, _)| route.methods);
             let done = dispatch(&connection.hub, &caller, found, request).await;
-            done.unwrap_or_else(|error| answer::error(&error))
+            done.unwrap_or_else(|error| explained(&error, methods))
         }
     }
 }
@@ -183,6 +192,16 @@ fn refused(connection: &Connection, request: &Request<Incoming>, error: &ApiErro
     // Without the query, which could hold what a confused client took for a place for secrets.
     tracing::info!(peer = %connection.peer.addr, path = request.uri().path(), reason = %error, "request refused");
     answer::error(error)
+}
+
+/// An error; a method that is not allowed comes with those that are (RFC 9110, section 15.5.6).
+fn explained(error: &ApiError, methods: &[Method]) -> Answer {
+    let mut answer = answer::error(error);
+    if matches!(error, ApiError::MethodNotAllowed) {
+        let names: Vec<&str> = methods.iter().map(Method::as_str).collect();
+        answer::set(&mut answer, "allow", &names.join(", "));
+    }
+    answer
 }
 
 /// Leads an authenticated caller to what it asked for.

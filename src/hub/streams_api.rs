@@ -18,8 +18,8 @@ use super::{
 use crate::{
     base::{IdError, Identity},
     proto::streams::{
-        ACCEPTED_HEADER, ApiError, CONNECT_TIMEOUT_HEADER, REASON_HEADER, RESPONSE_TIMEOUT_HEADER, TOKEN_HEADER,
-        URL_HEADER, parse_timeout,
+        ACCEPTED_HEADER, ApiError, CONNECT_TIMEOUT_HEADER, HANDSHAKE_LIMIT, MAX_TIMEOUT, REASON_HEADER,
+        RESPONSE_TIMEOUT_HEADER, TOKEN_HEADER, URL_HEADER, parse_timeout,
     },
 };
 
@@ -68,12 +68,16 @@ fn read(caller: &Caller, gaps: &[String], parts: &Parts) -> Result<Initiation, A
         _ => return Err(ApiError::NotFound),
     };
     let module = module.map(|module| module.parse()).transpose().map_err(invalid)?;
+    // Who names no time at all means the documented limit of the handshake, not twice that.
+    let named = [CONNECT_TIMEOUT_HEADER, RESPONSE_TIMEOUT_HEADER].iter().any(|name| parts.headers.contains_key(*name));
+    let total = if named { 2 * MAX_TIMEOUT } else { HANDSHAKE_LIMIT };
     Ok(Initiation {
         identity: Identity { device: device.parse().map_err(invalid)?, module },
         stream: stream.parse().map_err(invalid)?,
         caller: caller.clone(),
         connect: timeout(parts, CONNECT_TIMEOUT_HEADER)?,
         response: timeout(parts, RESPONSE_TIMEOUT_HEADER)?,
+        total,
     })
 }
 

@@ -16,7 +16,7 @@ const MAX_PROTOCOL: usize = 64;
 #[derive(Debug)]
 pub(in crate::hub) struct Offer {
     accept: String,
-    /// The first sub-protocol that the client offered, as it wrote it.
+    /// The sub-protocol that is spoken, as the client wrote it, if it offered any.
     pub(in crate::hub) protocol: Option<String>,
 }
 
@@ -32,8 +32,8 @@ pub(in crate::hub) enum OfferError {
 }
 
 impl Offer {
-    /// Reads the headers of a request.
-    pub(in crate::hub) fn read(headers: &HeaderMap) -> Result<Self, OfferError> {
+    /// Reads the headers of a request. Of several sub-protocols `ours` is chosen, in any case, else the first.
+    pub(in crate::hub) fn read(headers: &HeaderMap, ours: &str) -> Result<Self, OfferError> {
         if !lists(headers, header::CONNECTION, "upgrade") || !lists(headers, header::UPGRADE, "websocket") {
             return Err(OfferError::NotUpgrade);
         }
@@ -44,7 +44,7 @@ impl Offer {
         if STANDARD.decode(key.as_bytes()).map(|key| key.len()) != Ok(16) {
             return Err(OfferError::Malformed);
         }
-        Ok(Self { accept: derive_accept_key(key.as_bytes()), protocol: first_protocol(headers)? })
+        Ok(Self { accept: derive_accept_key(key.as_bytes()), protocol: choose_protocol(headers, ours)? })
     }
 
     /// The 101 answer.
@@ -63,15 +63,20 @@ impl Offer {
 impl OfferError {
     pub(in crate::hub) fn answer(self) -> Answer {
         match self {
-            Self::NotUpgrade => answer::refusal(StatusCode::UPGRADE_REQUIRED, "This address speaks WebSocket.\n"),
-            Self::Version => {
-                let mut answer = answer::refusal(StatusCode::UPGRADE_REQUIRED, "Only WebSocket version 13.\n");
-                answer::set(&mut answer, "sec-websocket-version", "13");
-                answer
-            }
+            Self::NotUpgrade => upgrade_required("This address speaks WebSocket.\n"),
+            Self::Version => upgrade_required("Only WebSocket version 13.\n"),
             Self::Malformed => answer::refusal(StatusCode::BAD_REQUEST, "A malformed WebSocket request.\n"),
         }
     }
+}
+
+/// Says what would be spoken after an upgrade (RFC 9110, section 15.5.22; RFC 6455, section 4.4).
+fn upgrade_required(text: &'static str) -> Answer {
+    let mut answer = answer::refusal(StatusCode::UPGRADE_REQUIRED, text);
+    answer::set(&mut answer, "connection", "upgrade, close");
+    answer::set(&mut answer, "upgrade", "websocket");
+    answer::set(&mut answer, "sec-websocket-version", "13");
+    answer
 }
 
 /// True if the comma-separated header names `wanted`, in any case.
@@ -80,10 +85,43 @@ fn lists(headers: &HeaderMap, name: header::HeaderName, wanted: &str) -> bool {
     values.flat_map(|value| value.split(',')).any(|word| word.trim().eq_ignore_ascii_case(wanted))
 }
 
-fn first_protocol(headers: &HeaderMap) -> Result<Option<String>, OfferError> {
-    let Some(offered) = headers.get(header::SEC_WEBSOCKET_PROTOCOL) else { return Ok(None) };
-    let offered = offered.to_str().map_err(|_| OfferError::Malformed)?;
-    let first = offered.split(',').next().unwrap_or_default().trim();
-    let good = !first.is_empty() && first.len() <= MAX_PROTOCOL && first.bytes().all(|byte| byte.is_ascii_graphic());
-    if good { Ok(Some(first.to_owned())) } else { Err(OfferError::Malformed) }
+fn choose_protocol(headers: &HeaderMap, ours: &str) -> Result<Option<String>, OfferError> {
+    let mut chosen: Option<&str> = None;
+    for offered in headers.get_all(header::SEC_WEBSOCKET_PROTOCOL) {
+        for word in offered.to_str().map_err(|_| OfferError::Malformed)?.split(',').map(str::trim) {
+            if word.is_empty() || word.len() > MAX_PROTOCOL || !word.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err(OfferError::Malformed);
+            }
+            if chosen.is_none_or(|chosen| word.eq_ignore_ascii_case(ours) && !chosen.eq_ignore_ascii_case(ours)) {
+                chosen = Some(word);
+            }
+        }
+    }
+    Ok(chosen.map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(offers: &[&str]) -> Result<Option<String>, OfferError> {
+        let mut headers = HeaderMap::new();
+        for offer in offers {
+            headers.append(header::SEC_WEBSOCKET_PROTOCOL, offer.parse().unwrap());
+        }
+        choose_protocol(&headers, "mqtt")
+    }
+
+    #[test]
+    fn one_sub_protocol_is_chosen_as_the_client_wrote_it() {
+        let some = |name: &str| Ok(Some(name.to_owned()));
+        assert_eq!(chosen(&[]), Ok(None));
+        assert_eq!(chosen(&["MQTT"]), some("MQTT"));
+        assert_eq!(chosen(&["mqttv3.1, mqtt"]), some("mqtt"));
+        assert_eq!(chosen(&["mqttv3.1", "Mqtt,mqtt"]), some("Mqtt"));
+        assert_eq!(chosen(&["AMQP , HTTP"]), some("AMQP"));
+        for bad in [&[""][..], &["a,"], &["mqtt", ""], &["a b"], &[&"x".repeat(65)]] {
+            assert_eq!(chosen(bad), Err(OfferError::Malformed), "{bad:?}");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::{
     },
     transport::{
         carrier::CarrierOptions,
-        http::{HttpError, HttpResponse},
+        http::{HttpError, HttpResponse, fuzz_answer as fuzz_http_answer},
     },
 };
 
@@ -220,6 +220,18 @@ fn error_of(body: &[u8]) -> (u64, String) {
         let text = String::from_utf8_lossy(&body[..body.len().min(200)]);
         (0, printable(&text).into_owned())
     })
+}
+
+/// Any bytes as the hub's answer to a stream initiation: understood or not, what is printed of it drives no terminal.
+/// For fuzzers.
+///
+/// # Panics
+/// If it would.
+pub fn fuzz_answer(data: &[u8]) {
+    let Some(response) = fuzz_http_answer(data) else { return };
+    let (_, message) = error_of(&response.body);
+    let reason = response.header(REASON_HEADER).map(decoded).unwrap_or_default();
+    assert!(![message, reason].iter().any(|text| text.contains(char::is_control)), "{response:?}");
 }
 
 fn decoded(text: &str) -> String {

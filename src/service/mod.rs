@@ -23,7 +23,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use client::{Client, ClientError, DeviceStream};
-pub use initiator::InitiateError;
+pub use initiator::{InitiateError, fuzz_answer};
 pub use metrics::ServiceMetrics;
 
 use self::{

@@ -51,7 +51,7 @@ use monitor::Shared;
 pub use error::CarrierError;
 pub use life::{Liveness, Silence};
 pub use monitor::CarrierMonitor;
-pub use upgrade::{Upgrade, UpgradeError};
+pub use upgrade::{Upgrade, UpgradeError, fuzz_upgrade};
 
 /// The payload of a full message. With a client's header (8 bytes) a message is exactly four TLS records, and within
 /// the 65,536 bytes that every receiver takes.
@@ -358,6 +358,29 @@ impl<S> std::fmt::Debug for Carrier<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Carrier").field("end", &self.end).field("farewell", &self.farewell).finish_non_exhaustive()
     }
+}
+
+/// Any bytes as what a WebSocket's other end sends, the server's or the client's as the first byte says: payload, then
+/// an end. For fuzzers.
+///
+/// # Panics
+/// If the carrier yields more than came, or goes on when its other end has ended.
+pub fn fuzz_carrier(data: &[u8]) {
+    let Some((&first, data)) = data.split_first() else { return };
+    let (role, options) = match first & 1 {
+        0 => (Role::Client, CarrierOptions { liveness: None, ..CarrierOptions::DATA }),
+        _ => (Role::Server, CarrierOptions::HUB_CONTROL),
+    };
+    let io = tokio::io::join(io::Cursor::new(data.to_vec()), tokio::io::sink());
+    let used = async {
+        let mut carrier = Carrier::from_role(io, Bytes::new(), role, options).await;
+        let mut read = Vec::new();
+        // How it ends is the peer's choice.
+        let _ = tokio::io::AsyncReadExt::read_to_end(&mut carrier, &mut read).await;
+        assert!(read.len() <= data.len(), "payload is what came");
+        let _ = carrier.close(1000, "").await;
+    };
+    super::http::fuzz::block_on(used);
 }
 
 fn remember(slot: &mut Option<Waker>, cx: &Context<'_>) {

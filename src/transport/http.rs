@@ -4,6 +4,7 @@
 //! has arrived whole, or there is an error.
 
 mod clock;
+pub(super) mod fuzz;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::dial::{DialError, Dialer};
+
+pub use fuzz::{fuzz_answer, fuzz_url};
 
 /// An answer's body: a page of a device list is far below.
 const MAX_BODY: usize = 1 << 20;
@@ -59,10 +62,13 @@ impl FromStr for Url {
         if !is_ours || authority.host().is_empty() {
             return Err(error());
         }
+        let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        // `wss://host?query` has a query and no path.
+        let slash = if path.starts_with('/') { "" } else { "/" };
         Ok(Self {
             host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
             port: port_of(authority, 443).ok_or_else(error)?,
-            path: uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
+            path: format!("{slash}{path}"),
         })
     }
 }

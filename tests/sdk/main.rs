@@ -6,7 +6,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test fails the test")]
 
+mod conformance;
 mod examples;
+mod gateway;
 mod hostile;
 mod hub_alone;
 mod mixed;

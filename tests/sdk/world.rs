@@ -16,6 +16,8 @@ use std::{
 
 /// The hub's name, which only the namespaces' hosts file knows.
 pub(crate) const HUB: &str = "hub.culvert.test";
+/// Another name that leads to the hub, as a gateway on the way would have it.
+pub(crate) const GATEWAY: &str = "gateway.culvert.test";
 const CULVERT: &str = env!("CARGO_BIN_EXE_culvert");
 const TESTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sdk");
 /// Set inside the namespaces.
@@ -32,7 +34,7 @@ pub(crate) fn story(name: &str, tell: impl FnOnce(&mut World)) {
     }
     let folder = std::env::temp_dir().join(format!("culvert-sdk-{}-{}", std::process::id(), name.replace("::", "-")));
     fs::create_dir_all(&folder).unwrap();
-    fs::write(folder.join("hosts"), format!("127.0.0.1 localhost {HUB}\n::1 localhost\n")).unwrap();
+    fs::write(folder.join("hosts"), format!("127.0.0.1 localhost {HUB} {GATEWAY}\n::1 localhost\n")).unwrap();
     let enter = "ip link set lo up && mount --bind \"$CULVERT_SDK_INSIDE/hosts\" /etc/hosts && exec \"$@\"";
     let output = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
@@ -79,7 +81,16 @@ impl World {
         let folder = PathBuf::from(std::env::var_os(INSIDE).unwrap()).join("world");
         fs::create_dir(&folder).unwrap();
         let mut world = Self { folder, daemons: Vec::new() };
-        let said = world.succeed(&["hub", "init", "--dir", world.path("").to_str().unwrap(), "--hostname", HUB]);
+        let said = world.succeed(&[
+            "hub",
+            "init",
+            "--dir",
+            world.path("").to_str().unwrap(),
+            "--hostname",
+            HUB,
+            "--also",
+            GATEWAY,
+        ]);
         world.write("service.connection", said.trim().lines().last().unwrap());
         world.daemon("hub", "hub.toml");
         world
@@ -173,6 +184,18 @@ impl World {
         );
         self.write(&format!("{role}.toml"), &config);
         self.daemon(role, &format!("{role}.toml"));
+    }
+
+    /// Ends a daemon and starts it again with a changed configuration.
+    pub(crate) fn restart(&mut self, role: &'static str, change: impl FnOnce(String) -> String) {
+        let place = self.daemons.iter().position(|(name, _)| *name == role).unwrap();
+        let (_, mut child) = self.daemons.remove(place);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let config = format!("{role}.toml");
+        self.write(&config, &change(fs::read_to_string(self.path(&config)).unwrap()));
+        fs::remove_file(self.path(&format!("{config}.notify"))).unwrap();
+        self.daemon(role, &config);
     }
 
     /// A number that the hub shows on its metrics port.

@@ -8,7 +8,7 @@
 //! read buffer before each read, holds a frame until it is whole, copies it to a write buffer and shifts that buffer
 //! after a partial write; the hub's CPU time per byte is what all users of a hub share. It is the oracle in the tests.
 
-use std::ops::Range;
+use std::{ops::Range, str};
 
 /// Largest frame that is accepted. Nothing is allocated for it; the bound cuts off peers that announce nonsense.
 /// Twice the 2,000,000 bytes that SDK programs were seen to cope with (wire.md, section d).
@@ -19,11 +19,15 @@ pub(super) const MAX_PAYLOAD_OUT: usize = 65_536;
 pub(super) const HEADROOM: usize = 10;
 /// Longest payload of a control frame (RFC 6455, 5.5).
 const MAX_CONTROL: usize = 125;
+/// Pongs of one read that are kept, in bytes: every ping of a peer that sends a handful at once is answered.
+const MAX_PONGS: usize = 2048;
 /// Longest header of a client frame: two bytes, eight of length, four of mask.
 const MAX_HEADER: usize = 14;
 
+const OPCODE_TEXT: u8 = 1;
 const OPCODE_BINARY: u8 = 2;
 const OPCODE_CLOSE: u8 = 8;
+const OPCODE_PING: u8 = 9;
 const OPCODE_PONG: u8 = 10;
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;
@@ -34,6 +38,9 @@ pub(super) enum Violation {
     /// RFC 6455 does not allow it.
     #[error("{0}")]
     Protocol(&'static str),
+    /// A text message or the reason of a Close that is not UTF-8 (RFC 6455, 8.1).
+    #[error("text that is not UTF-8")]
+    Text,
     /// A frame longer than [`MAX_FRAME_IN`].
     #[error("a frame of more than {MAX_FRAME_IN} bytes")]
     TooLong,
@@ -44,6 +51,7 @@ impl Violation {
     pub(super) fn close_code(self) -> u16 {
         match self {
             Self::Protocol(_) => 1002,
+            Self::Text => 1007,
             Self::TooLong => 1009,
         }
     }
@@ -64,8 +72,18 @@ pub(super) struct Decoder {
     control: Vec<u8>,
     /// A fragmented message is under way: the next data frame must be a continuation.
     fragmented: bool,
-    pong: Option<Vec<u8>>,
+    /// The message under way is text. Its bytes are data like any other, but must be UTF-8.
+    text: Option<Utf8>,
+    /// Frames that answer pings.
+    pongs: Vec<u8>,
     close: Option<PeerClose>,
+}
+
+/// Text in pieces that end anywhere: what has come of a character that is not whole yet.
+#[derive(Debug, Clone, Copy, Default)]
+struct Utf8 {
+    begun: [u8; 4],
+    length: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -99,6 +117,9 @@ impl Decoder {
                     if is_control(frame.opcode) {
                         self.control.extend_from_slice(&buffer[at..at + take]);
                     } else {
+                        if let Some(text) = &mut self.text {
+                            text.take(&buffer[at..at + take])?;
+                        }
                         payload = Some(append(buffer, payload, at..at + take));
                     }
                     at += take;
@@ -110,9 +131,10 @@ impl Decoder {
         Ok(payload.unwrap_or(read.start..read.start))
     }
 
-    /// The Pong that is owed for the latest Ping, once (RFC 6455, 5.5.3 allows to answer the latest only).
-    pub(super) fn take_pong(&mut self) -> Option<Vec<u8>> {
-        self.pong.take()
+    /// The Pongs that are owed, once, as frames. Of more than [`MAX_PONGS`] bytes of them the latest are left (RFC
+    /// 6455, 5.5.3 allows to answer the latest only).
+    pub(super) fn take_pongs(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.pongs)
     }
 
     /// The Close that came, if one did.
@@ -139,7 +161,11 @@ impl Decoder {
                 break;
             }
         }
-        self.state = State::Payload(parse_header(&self.header[..self.header_len])?);
+        let frame = parse_header(&self.header[..self.header_len])?;
+        if frame.opcode & 0x0f == OPCODE_TEXT {
+            self.text = Some(Utf8::default());
+        }
+        self.state = State::Payload(frame);
         self.header_len = 0;
         self.finish_frame()?;
         Ok(taken)
@@ -152,10 +178,47 @@ impl Decoder {
         let control = std::mem::take(&mut self.control);
         match opcode & 0x0f {
             OPCODE_CLOSE => self.close = Some(parse_close(&control)?),
-            9 => self.pong = Some(control),
+            OPCODE_PING => self.owe_pong(&control),
             OPCODE_PONG => {}
-            _ => self.fragmented = opcode & FIN == 0,
+            _ => {
+                self.fragmented = opcode & FIN == 0;
+                if !self.fragmented && self.text.take().is_some_and(|text| text.length > 0) {
+                    return Err(Violation::Text);
+                }
+            }
         }
+        Ok(())
+    }
+
+    fn owe_pong(&mut self, ping: &[u8]) {
+        if self.pongs.len() + 2 + ping.len() > MAX_PONGS {
+            self.pongs.clear();
+        }
+        self.pongs.extend(control(OPCODE_PONG, ping));
+    }
+}
+
+impl Utf8 {
+    /// Takes the next bytes. What cannot become text is an error as soon as it is there.
+    fn take(&mut self, mut bytes: &[u8]) -> Result<(), Violation> {
+        while let (1.., [next, rest @ ..]) = (self.length, bytes) {
+            self.begun[self.length] = *next;
+            self.length += 1;
+            bytes = rest;
+            match str::from_utf8(&self.begun[..self.length]) {
+                Ok(_) => self.length = 0,
+                Err(error) if error.error_len().is_none() => {}
+                Err(_) => return Err(Violation::Text),
+            }
+        }
+        let Err(error) = str::from_utf8(bytes) else { return Ok(()) };
+        if error.error_len().is_some() {
+            return Err(Violation::Text);
+        }
+        // The beginning of a character: at most three bytes.
+        let begun = &bytes[error.valid_up_to()..];
+        self.begun[..begun.len()].copy_from_slice(begun);
+        self.length = begun.len();
         Ok(())
     }
 }
@@ -227,8 +290,11 @@ fn parse_close(payload: &[u8]) -> Result<PeerClose, Violation> {
     };
     let code = u16::from_be_bytes([*high, *low]);
     let valid = matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999);
-    if !valid || std::str::from_utf8(reason).is_err() {
-        return Err(Violation::Protocol("a Close with a bad code or reason"));
+    if !valid {
+        return Err(Violation::Protocol("a Close with a code that may not be sent"));
+    }
+    if str::from_utf8(reason).is_err() {
+        return Err(Violation::Text);
     }
     Ok(PeerClose { code: Some(code) })
 }
@@ -280,11 +346,6 @@ pub(super) fn put_header(buffer: &mut [u8], payload: &Range<usize>) -> usize {
     start
 }
 
-/// A Pong with the Ping's payload.
-pub(super) fn pong(payload: &[u8]) -> Vec<u8> {
-    control(OPCODE_PONG, payload)
-}
-
 /// A Close with a code and a reason.
 pub(super) fn close(code: u16, reason: &str) -> Vec<u8> {
     let mut payload = code.to_be_bytes().to_vec();
@@ -302,23 +363,6 @@ fn control(opcode: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![FIN | opcode, payload.len() as u8];
     frame.extend_from_slice(payload);
     frame
-}
-
-/// Decodes any bytes in pieces of any size: for fuzzing. The payload is never longer than what came.
-pub(super) fn fuzz(data: &[u8]) {
-    let Some((piece, bytes)) = data.split_first() else { return };
-    let mut decoder = Decoder::default();
-    let mut payload = 0;
-    for chunk in bytes.chunks(usize::from(*piece) + 1) {
-        let mut buffer = [&[0; HEADROOM], chunk].concat();
-        let end = buffer.len();
-        let Ok(range) = decoder.strip(&mut buffer, HEADROOM..end) else { return };
-        payload += range.len();
-        if !range.is_empty() {
-            put_header(&mut buffer, &range);
-        }
-    }
-    assert!(payload <= bytes.len() && decoder.control.len() <= MAX_CONTROL);
 }
 
 #[cfg(test)]
@@ -377,7 +421,7 @@ mod tests {
         for piece in [1, 2, 3, 5, 7, 64, 1000, stream.len()] {
             let (out, mut decoder) = strip_in_pieces(&stream, piece).unwrap();
             assert!(out == expected, "pieces of {piece}");
-            assert_eq!(decoder.take_pong().as_deref(), Some(&b"ping"[..]));
+            assert_eq!(decoder.take_pongs(), *b"\x8a\x04ping");
             assert_eq!(decoder.close(), Some(PeerClose { code: Some(1000) }));
         }
     }
@@ -403,7 +447,12 @@ mod tests {
             (close(&[3]), 1002),
             (close(&999_u16.to_be_bytes()), 1002),
             (close(&1005_u16.to_be_bytes()), 1002),
-            (close(&[0x03, 0xe8, 0xff, 0xfe]), 1002),
+            (close(&[0x03, 0xe8, 0xff, 0xfe]), 1007),
+            (frame(0x81, b"\xc3\x28"), 1007),
+            (frame(0x81, b"\xed\xa0\x80"), 1007),
+            (frame(0x81, b"\xf4\x90"), 1007),
+            (frame(0x81, b"ends \xe2\x82"), 1007),
+            ([frame(0x01, b"\xe2\x82"), frame(0x89, b"\xff"), frame(0x80, b"\x41")].concat(), 1007),
         ];
         for (bytes, code) in cases {
             for piece in [1, bytes.len()] {
@@ -411,6 +460,40 @@ mod tests {
                 assert_eq!(violation.close_code(), code, "{bytes:02x?}");
             }
         }
+    }
+
+    #[test]
+    fn text_is_checked_across_frames_and_pieces_and_binary_is_not() {
+        let text = "a\u{20ac}\u{1f600}\u{e9}z".as_bytes();
+        for cut in 0..text.len() {
+            let (first, second) = text.split_at(cut);
+            let stream = [
+                frame(0x01, first),
+                frame(0x89, b"between"),
+                frame(0x80, second),
+                frame(0x02, b"\xff"),
+                frame(0x80, b"\xfe"),
+                frame(0x81, b""),
+            ]
+            .concat();
+            for piece in [1, 3, stream.len()] {
+                let (out, _) = strip_in_pieces(&stream, piece).unwrap();
+                assert_eq!(out, [text, b"\xff\xfe"].concat());
+            }
+        }
+    }
+
+    #[test]
+    fn every_ping_of_a_handful_is_answered_and_of_many_the_latest() {
+        let pings: Vec<u8> = (0..10).flat_map(|n| frame(0x89, format!("payload-{n}").as_bytes())).collect();
+        let (_, mut decoder) = strip_in_pieces(&pings, pings.len()).unwrap();
+        let pongs: Vec<u8> = (0..10).flat_map(|n| control(OPCODE_PONG, format!("payload-{n}").as_bytes())).collect();
+        assert_eq!(decoder.take_pongs(), pongs);
+        let flood = [frame(0x89, &[1; 125]).repeat(1000), frame(0x89, b"latest")].concat();
+        let (_, mut decoder) = strip_in_pieces(&flood, flood.len()).unwrap();
+        let kept = decoder.take_pongs();
+        assert!(kept.len() <= MAX_PONGS && kept.ends_with(b"latest"));
+        assert!(decoder.take_pongs().is_empty());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! Invariant: a ticket admits one leg, once; a bridge that stands on an admission that no longer holds ends.
 
 mod frames;
+mod fuzz;
 mod relay;
 
 use std::{
@@ -21,6 +22,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
+pub use self::fuzz::{fuzz_frames, fuzz_relay};
 pub(in crate::hub) use self::relay::{Leg, Side};
 use self::{
     frames::PeerClose,
@@ -122,7 +124,7 @@ struct Entry {
 }
 
 enum ToBridge {
-    Leg(Side, Leg<Box<dyn LegIo>>),
+    Leg(Side, Box<BoxedLeg>),
     Expires(Instant),
 }
 
@@ -145,7 +147,7 @@ impl Seat {
     /// Takes the seat. If the bridge has ended meanwhile, the leg is dropped.
     pub(in crate::hub) async fn join(self, leg: Leg<Box<dyn LegIo>>) {
         // Room for both legs is in the inbox; an error means that the bridge is gone.
-        let _ = self.inbox.send(ToBridge::Leg(self.side, leg)).await;
+        let _ = self.inbox.send(ToBridge::Leg(self.side, Box::new(leg))).await;
     }
 }
 
@@ -395,8 +397,8 @@ async fn pair(
     let reason = loop {
         tokio::select! {
             message = legs.recv() => match message {
-                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(leg),
-                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(leg),
+                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(*leg),
+                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(*leg),
                 Some(ToBridge::Expires(later)) => expires = later,
                 None => break Unpaired::Withdrawn,
             },
@@ -494,11 +496,6 @@ impl Drop for Forget {
     fn drop(&mut self) {
         self.bridges.forget(&self.sid);
     }
-}
-
-/// Feeds any bytes to the decoder of WebSocket frames. For fuzzing.
-pub fn fuzz_frames(data: &[u8]) {
-    frames::fuzz(data);
 }
 
 fn hex(bytes: &[u8]) -> String {

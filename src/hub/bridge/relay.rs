@@ -170,8 +170,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
         if let Some(close) = self.decoder.close() {
             self.ended = Some(Ended::Closed(close));
         }
-        if let Some(ping) = self.decoder.take_pong().filter(|_| self.control.len() < MAX_CONTROL_OUT) {
-            self.control.extend(frames::pong(&ping));
+        let pongs = self.decoder.take_pongs();
+        if self.control.len() < MAX_CONTROL_OUT {
+            self.control.extend(pongs);
         }
         Poll::Ready(())
     }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
 use super::support::{TestHub, key, now, policy, read_reply, send_request};
 use crate::{
     auth::{Rights, sas::sign},
@@ -108,6 +110,7 @@ async fn no_route_answers_anything_but_401_to_strangers() {
             let headers = &strangers[(path.len() + method.len()) % strangers.len()];
             let reply = hub.request(&format!("{method} {path}"), headers, "").await;
             assert_eq!(reply.status, 401, "{method} {path} {headers:?}");
+            assert!(reply.header("www-authenticate").is_some(), "{method} {path}");
         }
     }
     for headers in &strangers {
@@ -135,7 +138,8 @@ async fn rights_and_patterns_bound_what_a_policy_may() {
     assert_eq!(status("POST /twins/pump/streams/s", "kiosks", 7).await, 401);
     assert_eq!(status("POST /twins/kiosk-1/streams/s", "kiosks", 7).await, 404);
     assert_eq!(status("GET /nothing", "weak", 4).await, 404);
-    assert_eq!(status("PATCH /devices", "registry", 2).await, 405);
+    let patched = hub.request("PATCH /devices/pump", &[hub.sas("registry", 2)], "").await;
+    assert_eq!((patched.status, patched.header("allow")), (405, Some("GET, PUT, DELETE")));
     let shown = hub.request("GET /deviceStreams", &[hub.sas("weak", 4)], "").await;
     let endpoint = format!("https://localhost:{}", hub.port);
     assert_eq!(shown.json(), serde_json::json!({ "streamingEndpoints": [endpoint] }));
@@ -157,6 +161,15 @@ async fn a_connection_serves_several_requests_and_malformed_ones_end_it() {
     let mut io = hub.connect().await;
     send_request(&mut io, "GET /devices/pump", &[format!("X: {}", "a".repeat(17_000))], "").await;
     assert_eq!(read_reply(&mut io).await.status, 431);
+    // Behind a request that could have switched protocols the guard does not look: it is the last.
+    let mut io = hub.connect().await;
+    let upgrade = [hub.sas("registry", 2), "Connection: Upgrade".into(), "Upgrade: h2c".into()];
+    send_request(&mut io, "GET /devices/pump", &upgrade, "").await;
+    let reply = read_reply(&mut io).await;
+    assert_eq!((reply.status, reply.header("connection")), (200, Some("close")));
+    // Writing may still succeed: the end is what counts.
+    let _ = io.write_all(b"GET /devices/pump HTTP/1.1\nHost: h\n\n").await;
+    assert_eq!(io.read(&mut [0; 64]).await.unwrap_or(0), 0);
     hub.stopped().await;
 }
 

@@ -2,5 +2,6 @@
 
 mod api;
 mod endpoint;
+mod ids;
 mod registry_api;
 mod support;

@@ -22,7 +22,11 @@ use tokio_tungstenite::tungstenite::{
 use super::{Carrier, CarrierOptions};
 use crate::{
     base::Secret,
-    transport::http::{clock_hint, connection, read_body, retry_after},
+    transport::http::{
+        clock_hint, connection,
+        fuzz::{Scripted, block_on},
+        read_body, retry_after,
+    },
 };
 
 /// An upgrade is one round trip; a hub that needs longer is overloaded and should be asked later.
@@ -154,6 +158,20 @@ impl Upgrade<'_> {
         }
         Ok(())
     }
+}
+
+/// Any bytes as the answer to an upgrade: never the right one, since nobody can know its key. For fuzzers.
+///
+/// # Panics
+/// If a carrier comes of it, or what is printed of it drives a terminal.
+pub fn fuzz_upgrade(data: &[u8]) {
+    let upgrade =
+        Upgrade { host: "hub", path: "/bridges/1", subprotocol: Some("mqtt"), bearer: None, user_agent: "culvert" };
+    let options = CarrierOptions { liveness: None, ..CarrierOptions::CONTROL };
+    let upgraded = block_on(Carrier::client(Scripted::saying(data), &upgrade, options));
+    let error = upgraded.expect_err("the answer is to another key");
+    assert!(!matches!(error, UpgradeError::Timeout), "the exchange ends with its server");
+    assert!(!error.to_string().contains(char::is_control), "{error:?}");
 }
 
 async fn refusal(response: Response<Incoming>) -> UpgradeError {

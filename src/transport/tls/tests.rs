@@ -46,6 +46,30 @@ async fn a_trusted_server_is_spoken_to_with_tls_1_3_and_post_quantum_keys() {
 }
 
 #[tokio::test]
+async fn http_2_is_never_spoken() {
+    let authority = Authority::new();
+    let acceptor = authority.server(&["hub.test"]).acceptor(Alpn::Http).unwrap();
+    let mut roots = RootCertStore::empty();
+    add_all(&mut roots, parse_certificates(authority.pem().as_bytes(), "ca.pem".as_ref()).unwrap(), "ca".into())
+        .unwrap();
+    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
+    let config = builder.with_root_certificates(roots).with_no_client_auth();
+    let spoken = async |offered: &[&str]| {
+        let mut config = config.clone();
+        config.alpn_protocols = offered.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let (near, far) = duplex(64 * 1024);
+        let connect = TlsConnector::from(Arc::new(config)).connect("hub.test".try_into().unwrap(), near);
+        let (client, server) = tokio::join!(connect, acceptor.accept(far));
+        // The server's refusal may reach a TLS 1.3 client after its own part of the handshake.
+        server.ok()?;
+        client.unwrap().get_ref().1.alpn_protocol().map(<[u8]>::to_vec)
+    };
+    assert_eq!(spoken(&["h2", "http/1.1"]).await.as_deref(), Some(ALPN_HTTP1));
+    assert_eq!(spoken(&["h2"]).await, None);
+    assert_eq!(spoken(&["h2c", "h3"]).await, None);
+}
+
+#[tokio::test]
 async fn addresses_are_names_too() {
     let authority = Authority::new();
     let server = authority.server(&["127.0.0.1", "::1"]);

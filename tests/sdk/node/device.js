@@ -85,6 +85,34 @@ async function with_a_certificate() {
   }
 }
 
+/** `GatewayHostName` says where to connect; names in tokens and user names stay the hub's. */
+async function by_way_of_a_gateway() {
+  for (const transport of [Mqtt, MqttWs]) {
+    const client = await connected('device-sdk-gateway.connection', transport);
+    await everything(client);
+    await client.close();
+    const module = ModuleClient.fromConnectionString(file('module-sdk-m-gateway.connection'), transport);
+    await module.open();
+    await everything(module);
+    await module.close();
+  }
+}
+
+/** `SharedAccessSignature=...` in the string, and the token alone. */
+async function with_a_ready_made_token() {
+  for (const transport of [Mqtt, MqttWs]) {
+    const text = file('device-sdk-token.connection');
+    for (const client of [
+      Client.fromConnectionString(text, transport),
+      Client.fromSharedAccessSignature(text.split(';SharedAccessSignature=')[1], transport),
+    ]) {
+      await client.open();
+      await everything(client);
+      await client.close();
+    }
+  }
+}
+
 async function refused() {
   const key = Buffer.alloc(32, 7).toString('base64');
   const wrong = file('device-sdk.connection').replace(/SharedAccessKey=.*/, `SharedAccessKey=${key}`);
@@ -117,6 +145,8 @@ tell({
   as_a_module,
   tokens_are_renewed,
   with_a_certificate,
+  by_way_of_a_gateway,
+  with_a_ready_made_token,
   refused,
   unknown_subscriptions_are_refused,
 });

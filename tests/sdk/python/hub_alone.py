@@ -164,6 +164,26 @@ def a_rejection_is_an_answer():
     device.disconnect()
 
 
+def served_once(device):
+    service, leg = wire.connect(wire.Service("node"), device)
+    service.write(b"hello", 64)
+    assert leg.read(5) == b"hello"
+    service.close()
+    device.disconnect()
+
+
+def a_device_comes_by_way_of_a_gateway():
+    """TCP and SNI are the gateway's, the user name and the token the hub's."""
+    for sdk, websocket in (("c", False), ("c", True), ("csharp", True)):
+        for strings in ("device-sdk-gateway.connection", "module-sdk-m-gateway.connection"):
+            served_once(wire.Device(sdk, strings, websocket=websocket))
+
+
+def a_device_comes_with_a_ready_made_token():
+    for sdk, websocket in (("c", False), ("csharp", True)):
+        served_once(wire.Device(sdk, "device-sdk-token.connection", websocket=websocket))
+
+
 def small_frames_pass_at_speed():
     """8 MB in 64-byte frames within a small multiple of 8 MB in 64 KiB frames; the best of three of each."""
     device = wire.Device("c", "device-sdk.connection")

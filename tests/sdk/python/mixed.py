@@ -38,6 +38,13 @@ def a_module_of_culvert_serves_targets():
     leg.close()
 
 
+def a_culvert_device_serves():
+    leg = wire.Service("node").open("pump", "echo")
+    leg.write(DATA[:1000], 64)
+    assert leg.read(1000) == DATA[:1000]
+    leg.close()
+
+
 def a_device_by_certificate_serves_targets():
     leg = wire.Service("csharp").open("self-signed", "echo")
     leg.write(DATA[:1000], 10240)

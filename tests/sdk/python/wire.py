@@ -144,10 +144,11 @@ class Service:
             lines = [line for line in lines if not line.startswith("Content-Length")] + [f"Content-Length: {len(body)}"]
         return self._exchange(f"POST {path}?api-version={version} HTTP/1.1", lines, body)
 
-    def call(self, method, path, value):
-        """The registry's REST API, as any HTTP client does it."""
+    def call(self, method, path, value, create=False):
+        """The registry's REST API, as any HTTP client does it: a change of what is there, or something new."""
         body = json.dumps(value).encode()
-        lines = [f"Host: {HUB}", f"Authorization: {self.token()}", "If-Match: *", "Content-Type: application/json"]
+        lines = [f"Host: {HUB}", f"Authorization: {self.token()}", "Content-Type: application/json"]
+        lines += [] if create else ["If-Match: *"]
         return self._exchange(f"{method} {path}?api-version=2021-04-12 HTTP/1.1", lines + [f"Content-Length: {len(body)}"], body)
 
     def _exchange(self, first, lines, body):
@@ -365,12 +366,13 @@ class Device:
         self.sdk, self.parts = sdk, connection_string(strings)
         self.id, self.module = self.parts["DeviceId"], self.parts.get("ModuleId")
         certificate = login.pop("certificate", None)
+        host = self.parts.get("GatewayHostName", HUB)
         if websocket:
-            path = f"wss://{HUB}:443/$iothub/websocket"
+            path = f"wss://{host}:443/$iothub/websocket"
             protocol = {"c": "MQTT", "csharp": "mqtt"}[sdk]
             connection = WebSocket(sdk, path, protocol=protocol, certificate=certificate)
         else:
-            connection = tls(8883, certificate=certificate)
+            connection = tls(8883, host, certificate=certificate)
         self.connection, self.reader, self.early = connection, Reader(connection), []
         self.refusal = self._connect(**login)
         if self.refusal == 0:
@@ -387,7 +389,7 @@ class Device:
         user = username or f"{HUB}/{own}/{version}&DeviceClientType={agent}"
         if password == "own":
             key = self.parts.get("SharedAccessKey")
-            password = sas(self.sdk, self.resource(), key) if key else None
+            password = sas(self.sdk, self.resource(), key) if key else self.parts.get("SharedAccessSignature")
         flags = 0xC0 if password else 0x80
         body = string("MQTT") + bytes([4, flags]) + struct.pack(">H", keep_alive) + string(client_id or own) + string(user)
         self.connection.sendall(packet(0x10, body + (string(password) if password else b"")))
