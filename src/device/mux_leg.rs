@@ -382,7 +382,7 @@ mod tests {
     }
 
     async fn entry(instance: u8, boot: u8, policy: &str) -> Entry {
-        let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA).await;
+        let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA);
         Entry {
             peer: peer(instance, boot),
             policy: Some(policy.parse().unwrap()),
