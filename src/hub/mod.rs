@@ -29,9 +29,9 @@ pub mod shared;
 mod streams_api;
 mod upgrade;
 
+pub use crate::proto::websocket::fuzz_frames;
 pub use devices_api::fuzz_device;
 pub use heads::fuzz_head;
-pub use crate::proto::websocket::fuzz_frames;
 pub use routes::fuzz_path;
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};

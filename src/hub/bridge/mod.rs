@@ -20,10 +20,8 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
+use self::relay::{BufferPool, Counters, Ended, Relay, Relayed};
 pub(in crate::hub) use self::relay::{Leg, Side};
-use self::{
-    relay::{BufferPool, Counters, Ended, Relay, Relayed},
-};
 use super::{
     metrics::{Counted, HubMetrics},
     record::Admission,

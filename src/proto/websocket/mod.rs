@@ -15,7 +15,7 @@ mod encode;
 mod tests;
 
 pub use decode::{Decoder, PeerClose, Violation};
-pub use encode::{Mask, close, pong, ping, put_header};
+pub use encode::{Mask, close, ping, pong, put_header};
 
 /// Longest payload of a control frame (RFC 6455, 5.5).
 pub const MAX_CONTROL: usize = 125;

@@ -136,7 +136,8 @@ fn a_masked_frame_is_unmasked_by_the_oracle_and_by_us() {
         }
         let payload = HEADROOM..buffer.len();
         let start = put_header(&mut buffer, &payload, Some(at_first));
-        let frame = [&buffer[start..], &ping(b"?", Some(at_first)), &close(Some(4001), "taken over", Some(at_first))].concat();
+        let frame =
+            [&buffer[start..], &ping(b"?", Some(at_first)), &close(Some(4001), "taken over", Some(at_first))].concat();
         let mut oracle = WebSocket::from_raw_socket(std::io::Cursor::new(frame.clone()), Role::Server, None);
         assert!(oracle.read().unwrap() == Message::binary(text[..length].to_vec()), "{length}");
         assert_eq!(oracle.read().unwrap(), Message::Ping("?".into()));

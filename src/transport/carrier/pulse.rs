@@ -9,11 +9,11 @@ use std::{
     task::{Context, Poll},
 };
 
+use super::{Carrier, CarrierError, farewell::Farewell, life::Due};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
 };
-use super::{Carrier, CarrierError, farewell::Farewell, life::Due};
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
     pub(super) fn alive(&mut self, now: Instant) {

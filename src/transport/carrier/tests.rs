@@ -3,10 +3,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
     WebSocketStream,
-    tungstenite::{
-        Message,
-        protocol::Role,
-    },
+    tungstenite::{Message, protocol::Role},
 };
 
 use super::*;
