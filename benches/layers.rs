@@ -209,8 +209,8 @@ async fn carriers() -> anyhow::Result<Ends> {
         );
         server.write_all(answer.as_bytes()).await?;
         server.flush().await?;
-        let options = CarrierOptions { liveness: None, ..CarrierOptions::DATA };
-        Ok::<_, anyhow::Error>(Carrier::server(server, Bytes::new(), options).await)
+        let options = CarrierOptions::HUB_CONTROL;
+        Ok::<_, anyhow::Error>(Carrier::server(server, Bytes::new(), options))
     };
     let (near, far) = tokio::try_join!(near, far)?;
     Ok(Ends::of(Box::new(near), Box::new(far)))

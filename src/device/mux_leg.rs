@@ -409,7 +409,7 @@ mod tests {
     }
 
     async fn entry(instance: u8, policy: &str) -> Entry {
-        let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA).await;
+        let carrier = Carrier::server(tokio::io::duplex(64).0, bytes::Bytes::new(), CarrierOptions::DATA);
         Entry {
             who: Who(InstanceId([instance; 16]), Some(policy.parse().unwrap())),
             link: None,

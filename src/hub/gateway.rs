@@ -78,7 +78,7 @@ pub(in crate::hub) fn control(connection: &Arc<Connection>, request: &mut Reques
     let connection = connection.clone();
     connection.hub.clone().spawn(async move {
         let Some((io, early)) = switched(upgrade).await else { return };
-        let mut carrier = Carrier::server(io, early, CarrierOptions::HUB_CONTROL).await;
+        let mut carrier = Carrier::server(io, early, CarrierOptions::HUB_CONTROL);
         let end = control::serve(&mut carrier, &connection.peer, &connection.hub, || connection.authenticated()).await;
         let (code, reason) = end.close();
         // The peer may be gone; what matters to it has been sent. One that does not read is not waited for: what was

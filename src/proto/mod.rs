@@ -9,4 +9,5 @@ pub mod link;
 pub mod mqtt;
 pub mod open;
 pub mod streams;
+pub mod websocket;
 pub mod yamux;

@@ -15,13 +15,13 @@ mod error;
 mod farewell;
 mod life;
 mod monitor;
+mod outbox;
 mod pulse;
 #[cfg(test)]
 mod tests;
 mod upgrade;
 
 use std::{
-    collections::VecDeque,
     io::{self, IoSlice},
     net::SocketAddr,
     pin::Pin,
@@ -30,23 +30,18 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::{Sink, Stream};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     time::{Instant, Sleep, sleep_until},
 };
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{
-        Message,
-        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
-    },
-};
 
-use error::{carrier_error, write_error};
+use error::{read_error, write_error};
 use farewell::Farewell;
 use life::Life;
 use monitor::Shared;
+use outbox::Outbox;
+
+use crate::proto::websocket::{Decoder, End, MAX_CONTROL, Violation};
 
 pub use error::CarrierError;
 pub use life::{Liveness, Silence};
@@ -56,56 +51,41 @@ pub use upgrade::{Upgrade, UpgradeError, fuzz_upgrade};
 /// The payload of a full message. With a client's header (8 bytes) a message is exactly four TLS records, and within
 /// the 65,536 bytes that every receiver takes.
 pub const MAX_MESSAGE: usize = 65_536 - 8;
-/// The largest message or frame we take: the hub sends 64 KiB at most; the rest is for foreign relays.
-const MAX_INCOMING: usize = 1 << 20;
-/// The write buffer holds one message and the control frames that may queue behind it.
-const MAX_WRITE_BUFFER: usize = 2 * 65_536;
 
 /// What a carrier is made with.
 #[derive(Debug, Clone, Copy)]
 pub struct CarrierOptions {
     /// Pings and their judgement; `None` at the hub, which never pings first.
     pub liveness: Option<Liveness>,
-    /// Allocated at once for reading. 16 KiB for data (one TLS record), 4 KiB for control sessions.
-    pub read_buffer: usize,
 }
 
 impl CarrierOptions {
     /// A data carrier of a daemon, for mux streams.
-    pub const DATA: Self = Self { liveness: Some(Liveness::DEFAULT), read_buffer: 16 * 1024 };
+    pub const DATA: Self = Self { liveness: Some(Liveness::DEFAULT) };
     /// A data carrier of a daemon, for plain streams.
-    pub const PLAIN: Self = Self { liveness: Some(Liveness::PLAIN), read_buffer: 16 * 1024 };
+    pub const PLAIN: Self = Self { liveness: Some(Liveness::PLAIN) };
     /// A control session, as the daemon sees it.
-    pub const CONTROL: Self = Self { liveness: Some(Liveness::DEFAULT), read_buffer: 4 * 1024 };
+    pub const CONTROL: Self = Self { liveness: Some(Liveness::DEFAULT) };
     /// A control session, as the hub sees it.
-    pub const HUB_CONTROL: Self = Self { liveness: None, read_buffer: 4 * 1024 };
+    pub const HUB_CONTROL: Self = Self { liveness: None };
 
     /// True if the far reader may pause for as long as it likes: a plain stream's application.
     pub fn may_pause(&self) -> bool {
         self.liveness.is_some_and(|liveness| matches!(liveness.silence, Silence::ProvesWhenSettled))
     }
-
-    fn websocket(&self) -> WebSocketConfig {
-        WebSocketConfig::default()
-            .read_buffer_size(self.read_buffer)
-            .write_buffer_size(0)
-            .max_write_buffer_size(MAX_WRITE_BUFFER)
-            .max_message_size(Some(MAX_INCOMING))
-            .max_frame_size(Some(MAX_INCOMING))
-    }
 }
 
 /// One WebSocket as a byte stream. See the [module](self).
 pub struct Carrier<S> {
-    ws: WebSocketStream<S>,
-    /// Received, not yet read. More than one piece only during a farewell.
-    inbox: VecDeque<Bytes>,
-    /// Written, not yet a message.
-    outbox: BytesMut,
-    /// A ping that the transport has not taken yet.
+    io: S,
+    /// What came behind the upgrade.
+    early: Bytes,
+    decoder: Decoder,
+    /// Received during a farewell, for the reader.
+    inbox: BytesMut,
+    outbox: Outbox,
+    /// A ping that waits for the writer.
     ping: Option<u64>,
-    /// Something of ours waits in the layers below, and nobody has promised to flush it.
-    flush_wanted: bool,
     /// How the other direction ended.
     end: Option<Result<(), CarrierError>>,
     farewell: Farewell,
@@ -118,20 +98,20 @@ pub struct Carrier<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
     /// The hub's end, after an upgrade that it has answered itself. `already_read` is what came behind the request.
-    pub async fn server(io: S, already_read: Bytes, options: CarrierOptions) -> Self {
-        Self::from_role(io, already_read, Role::Server, options).await
+    pub fn server(io: S, already_read: Bytes, options: CarrierOptions) -> Self {
+        Self::new(io, already_read, End::Server, options)
     }
 
-    async fn from_role(io: S, already_read: Bytes, role: Role, options: CarrierOptions) -> Self {
-        let config = Some(options.websocket());
-        let ws = WebSocketStream::from_partially_read(io, already_read.into(), role, config).await;
+    fn new(io: S, early: Bytes, end: End, options: CarrierOptions) -> Self {
         let now = Instant::now();
+        let other = if end == End::Client { End::Server } else { End::Client };
         Self {
-            ws,
-            inbox: VecDeque::new(),
-            outbox: BytesMut::new(),
+            io,
+            early,
+            decoder: Decoder::new(other),
+            inbox: BytesMut::new(),
+            outbox: Outbox::new(end),
             ping: None,
-            flush_wanted: false,
             end: None,
             farewell: Farewell::None,
             life: options.liveness.map(|liveness| Life::new(liveness, now)),
@@ -154,7 +134,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
 
     /// The transport below.
     pub fn transport(&self) -> &S {
-        self.ws.get_ref()
+        &self.io
     }
 
     /// Sends a Close with this code and reason, and waits for the answer a moment. Reads are over.
@@ -165,59 +145,90 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
 
     // === receiving ===
 
-    /// Takes one message. Ready means that the inbox, the end or both may have changed.
-    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match Pin::new(&mut self.ws).poll_next(cx) {
-            Poll::Ready(Some(Ok(message))) => {
-                self.take(message, cx);
-                Poll::Ready(())
+    /// Reads payload into `buf`, as much as is there. Ready means that some came, or the end.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<()> {
+        let before = buf.filled().len();
+        while self.end.is_none() && buf.remaining() > 0 {
+            let left = self.decoder.payload_left();
+            let poll = if left == 0 { self.poll_framing(cx) } else { self.poll_payload(cx, buf, left) };
+            if poll.is_pending() {
+                return if buf.filled().len() > before { Poll::Ready(()) } else { Poll::Pending };
             }
-            Poll::Ready(Some(Err(error))) => {
-                let error = carrier_error(error);
-                if let CarrierError::Protocol(_) = error {
-                    // The other end may like to know; if it cannot be told now, it will see the connection end.
-                    let _ = Pin::new(&mut self.ws).start_send(close_message(CloseCode::Protocol.into(), ""));
-                }
-                self.finish(Err(error));
-                Poll::Ready(())
-            }
-            Poll::Ready(None) => {
+        }
+        Poll::Ready(())
+    }
+
+    fn poll_payload(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>, left: u64) -> Poll<()> {
+        let before = buf.filled().len();
+        ready!(self.poll_transport(cx, buf, left));
+        match self.decoder.take_payload(&mut buf.filled_mut()[before..]) {
+            Ok(()) => {}
+            Err(violation) => self.violated(violation),
+        }
+        Poll::Ready(())
+    }
+
+    /// Takes a piece of a header or of a control frame.
+    fn poll_framing(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut scratch = [0; MAX_CONTROL];
+        let mut buf = ReadBuf::new(&mut scratch);
+        ready!(self.poll_transport(cx, &mut buf, self.decoder.wanted() as u64));
+        match self.decoder.take_framing(buf.filled()) {
+            Ok(()) => self.react(cx),
+            Err(violation) => self.violated(violation),
+        }
+        Poll::Ready(())
+    }
+
+    /// Reads at most `limit` bytes. Ready without any means that the end is known. While nothing comes, the clock is
+    /// watched.
+    fn poll_transport(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>, limit: u64) -> Poll<()> {
+        if !self.early.is_empty() {
+            let length = self.early.len().min(buf.remaining()).min(usize::try_from(limit).unwrap_or(usize::MAX));
+            buf.put_slice(&self.early.split_to(length));
+            return Poll::Ready(());
+        }
+        let before = buf.filled().len();
+        match Pin::new(&mut (&mut self.io).take(limit)).poll_read(cx, buf) {
+            Poll::Pending => return self.poll_life(cx),
+            Poll::Ready(Err(error)) => self.finish(Err(read_error(&error))),
+            Poll::Ready(Ok(())) if buf.filled().len() == before => {
                 self.finish(Err(CarrierError::Lost("ended without a Close".into())));
-                Poll::Ready(())
             }
-            Poll::Pending => self.poll_life(cx),
+            Poll::Ready(Ok(())) => self.alive(Instant::now()),
         }
+        Poll::Ready(())
     }
 
-    fn take(&mut self, message: Message, cx: &mut Context<'_>) {
-        let now = Instant::now();
-        self.alive(now);
-        match message {
-            Message::Binary(data) => self.receive(data),
-            Message::Text(text) => self.receive(text.into()),
-            Message::Pong(payload) => {
-                let number = <[u8; 8]>::try_from(payload.as_ref()).map(u64::from_be_bytes);
-                let rtt = number.ok().and_then(|number| self.life.as_mut()?.pong(number, now));
-                rtt.inspect(|rtt| self.shared.set_rtt(*rtt));
-            }
-            Message::Close(frame) => {
-                let frame = frame.map(|frame| (u16::from(frame.code), frame.reason.as_str().to_owned()));
-                self.finish(match frame {
-                    None | Some((1000, _)) => Ok(()),
-                    Some((code, reason)) => Err(CarrierError::Closed { code, reason }),
-                });
-                // Our answer is queued; whatever does not leave now leaves at shutdown.
-                let _ = Pin::new(&mut self.ws).poll_flush(cx);
-            }
-            // tungstenite has queued the pong and sends it with the next read.
-            Message::Ping(_) | Message::Frame(_) => {}
+    /// Does what a control frame asks for, if one is complete.
+    fn react(&mut self, cx: &mut Context<'_>) {
+        while let Some(payload) = self.decoder.take_ping() {
+            self.outbox.pong(&payload);
+            // A writer that waits sends it; otherwise it leaves now, or before the next wait.
+            let _ = self.poll_control(cx);
         }
+        if let Some(payload) = self.decoder.take_pong() {
+            let number = payload.try_into().map(u64::from_be_bytes);
+            let rtt = number.ok().and_then(|number| self.life.as_mut()?.pong(number, Instant::now()));
+            rtt.inspect(|rtt| self.shared.set_rtt(*rtt));
+        }
+        let Some(close) = self.decoder.close() else { return };
+        let (code, reason) = (close.code, close.reason.clone());
+        if self.farewell == Farewell::None {
+            self.outbox.close(code, "");
+        }
+        self.finish(match code {
+            None | Some(1000) => Ok(()),
+            Some(code) => Err(CarrierError::Closed { code, reason }),
+        });
+        // What does not leave now leaves at shutdown.
+        let _ = self.poll_control(cx);
     }
 
-    fn receive(&mut self, data: Bytes) {
-        if !data.is_empty() {
-            self.inbox.push_back(data);
-        }
+    fn violated(&mut self, violation: Violation) {
+        // The other end may like to know; if it cannot be told now, it will see the connection end.
+        self.outbox.close(Some(violation.close_code()), "");
+        self.finish(Err(CarrierError::Protocol(violation.to_string())));
     }
 
     /// The other direction has ended; both tasks must learn it.
@@ -228,16 +239,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
 
     // === sending ===
 
-    /// Makes a message of what has gathered.
+    /// Makes a message of what has gathered, and hands it down.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.outbox.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
-        ready!(Pin::new(&mut self.ws).poll_ready(cx)).map_err(write_error)?;
-        let message = Message::Binary(self.outbox.split().freeze());
-        Pin::new(&mut self.ws).start_send(message).map_err(write_error)?;
-        self.flush_wanted = true;
-        if let Some(life) = &mut self.life {
+        if self.outbox.seal()
+            && let Some(life) = &mut self.life
+        {
             let now = Instant::now();
             life.sent_payload(now);
             let deadline = life.deadline(now);
@@ -245,18 +251,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
                 self.timer.as_mut().reset(deadline);
             }
         }
-        Poll::Ready(Ok(()))
+        self.outbox.poll_drain(&mut self.io, cx).map_err(write_error)
     }
 
     fn poll_send_and_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_send(cx))?;
         if let Some(number) = self.ping {
-            ready!(Pin::new(&mut self.ws).poll_ready(cx)).map_err(write_error)?;
             self.send_ping(number);
         }
-        ready!(Pin::new(&mut self.ws).poll_flush(cx)).map_err(write_error)?;
-        self.flush_wanted = false;
-        Poll::Ready(Ok(()))
+        self.outbox.poll_flush(&mut self.io, cx).map_err(write_error)
     }
 
     /// Notes whether the writer is blocked. A blocked write that moves on is a sign of life.
@@ -271,8 +274,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         poll
     }
 
-    /// How much of `length` bytes fits into the message that is being gathered; sends it first if it is full.
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    /// How much of `length` bytes fits into the message that is being gathered. One that would have to be split
+    /// begins a message of its own, so that the receiver gets it in one piece.
+    fn poll_room(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<io::Result<usize>> {
         if self.farewell != Farewell::None {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, "written after shutdown")));
         }
@@ -280,10 +284,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
             let why = end.clone().err().unwrap_or(CarrierError::Closed { code: 1000, reason: String::new() });
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::BrokenPipe, why)));
         }
-        if self.outbox.len() >= MAX_MESSAGE {
+        let room = MAX_MESSAGE - self.outbox.gathered();
+        if room == 0 || (length > room && length <= MAX_MESSAGE) {
             ready!(self.poll_send(cx))?;
+        } else {
+            ready!(self.outbox.poll_drain(&mut self.io, cx)).map_err(write_error)?;
         }
-        Poll::Ready(Ok(MAX_MESSAGE - self.outbox.len()))
+        Poll::Ready(Ok(MAX_MESSAGE - self.outbox.gathered()))
     }
 }
 
@@ -293,23 +300,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Carrier<S> {
         if buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
-        loop {
-            if let Some(front) = this.inbox.front_mut() {
-                let length = front.len().min(buf.remaining());
-                buf.put_slice(&front[..length]);
-                front.advance(length);
-                if front.is_empty() {
-                    this.inbox.pop_front();
-                }
-                return Poll::Ready(Ok(()));
-            }
-            if let Some(end) = &this.end {
-                return Poll::Ready(end.clone().map_err(CarrierError::into_io));
-            }
-            if this.poll_message(cx).is_pending() {
-                remember(&mut this.reader, cx);
-                return Poll::Pending;
-            }
+        if !this.inbox.is_empty() {
+            let length = this.inbox.len().min(buf.remaining());
+            buf.put_slice(&this.inbox[..length]);
+            this.inbox.advance(length);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        if this.poll_receive(cx, buf).is_pending() {
+            remember(&mut this.reader, cx);
+            return Poll::Pending;
+        }
+        match &this.end {
+            Some(end) if buf.filled().len() == before => Poll::Ready(end.clone().map_err(CarrierError::into_io)),
+            _ => Poll::Ready(Ok(())),
         }
     }
 }
@@ -325,13 +329,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Carrier<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let room = this.poll_room(cx);
+        let length = bufs.iter().map(|buf| buf.len()).sum::<usize>();
+        let room = this.poll_room(cx, length);
         let mut room = ready!(this.note_writer(cx, room))?;
-        let before = room;
-        this.outbox.reserve(bufs.iter().map(|buf| buf.len()).sum::<usize>().min(room));
+        let (before, whole) = (room, length.min(room));
         for buf in bufs {
             let length = buf.len().min(room);
-            this.outbox.extend_from_slice(&buf[..length]);
+            this.outbox.gather(&buf[..length], whole);
             room -= length;
         }
         Poll::Ready(Ok(before - room))
@@ -367,13 +371,10 @@ impl<S> std::fmt::Debug for Carrier<S> {
 /// If the carrier yields more than came, or goes on when its other end has ended.
 pub fn fuzz_carrier(data: &[u8]) {
     let Some((&first, data)) = data.split_first() else { return };
-    let (role, options) = match first & 1 {
-        0 => (Role::Client, CarrierOptions { liveness: None, ..CarrierOptions::DATA }),
-        _ => (Role::Server, CarrierOptions::HUB_CONTROL),
-    };
+    let end = if first & 1 == 0 { End::Client } else { End::Server };
     let io = tokio::io::join(io::Cursor::new(data.to_vec()), tokio::io::sink());
     let used = async {
-        let mut carrier = Carrier::from_role(io, Bytes::new(), role, options).await;
+        let mut carrier = Carrier::new(io, Bytes::new(), end, CarrierOptions::HUB_CONTROL);
         let mut read = Vec::new();
         // How it ends is the peer's choice.
         let _ = tokio::io::AsyncReadExt::read_to_end(&mut carrier, &mut read).await;
@@ -388,8 +389,4 @@ fn remember(slot: &mut Option<Waker>, cx: &Context<'_>) {
         Some(waker) => waker.clone_from(cx.waker()),
         None => *slot = Some(cx.waker().clone()),
     }
-}
-
-fn close_message(code: u16, reason: &str) -> Message {
-    Message::Close(Some(CloseFrame { code: CloseCode::from(code), reason: reason.into() }))
 }

@@ -7,9 +7,10 @@ use prometheus::IntCounter;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{
-    frames::{Decoder, HEADROOM, MAX_PAYLOAD_OUT, PeerClose, Violation, close, put_header},
-    relay::{BufferPool, Counters, Leg, Relay, Relayed, Side},
+    close,
+    relay::{BufferPool, Counters, Leg, MAX_PAYLOAD_OUT, Relay, Relayed, Side},
 };
+use crate::proto::websocket::{Decoder, End, PeerClose, SERVER_HEADROOM as HEADROOM, Violation, put_header};
 
 /// What a decoder made of some bytes.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,7 +21,7 @@ struct Decoded {
 }
 
 fn decode(bytes: &[u8], piece: usize) -> Decoded {
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(End::Client);
     let mut payload = Vec::new();
     for chunk in bytes.chunks(piece.max(1)) {
         let mut buffer = [&[0; HEADROOM], chunk].concat();
@@ -29,14 +30,14 @@ fn decode(bytes: &[u8], piece: usize) -> Decoded {
             Ok(range) => {
                 payload.extend_from_slice(&buffer[range.clone()]);
                 if !range.is_empty() {
-                    put_header(&mut buffer, &range);
+                    put_header(&mut buffer, &range, None);
                 }
             }
             // What came in the same piece as the violation is not handed out.
             Err(violation) => return Decoded { payload, close: None, violation: Some(violation) },
         }
     }
-    Decoded { payload, close: decoder.close(), violation: None }
+    Decoded { payload, close: decoder.close().cloned(), violation: None }
 }
 
 /// Any bytes as the frames of a client, in pieces of the size that the first byte says, byte by byte, and whole.
@@ -47,8 +48,8 @@ pub fn fuzz_frames(data: &[u8]) {
     let Some((&piece, bytes)) = data.split_first() else { return };
     let [pieces, single, whole] = [usize::from(piece) + 1, 1, bytes.len()].map(|piece| decode(bytes, piece));
     assert!(single.payload.len() <= bytes.len(), "payload is what came");
-    assert_eq!((single.close, single.violation), (whole.close, whole.violation));
-    assert_eq!((single.close, single.violation), (pieces.close, pieces.violation));
+    assert_eq!((&single.close, single.violation), (&whole.close, whole.violation));
+    assert_eq!((&single.close, single.violation), (&pieces.close, pieces.violation));
     assert!(single.payload.starts_with(&pieces.payload) && pieces.payload.starts_with(&whole.payload));
     if single.violation.is_none() {
         assert_eq!(single.payload, whole.payload);

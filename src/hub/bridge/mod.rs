@@ -4,7 +4,6 @@
 //! limit of the handshake, the end and its reason. Does not know HTTP or what the bytes mean.
 //! Invariant: a ticket admits one leg, once; a bridge that stands on an admission that no longer holds ends.
 
-mod frames;
 mod fuzz;
 mod relay;
 
@@ -23,11 +22,8 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 pub use self::fuzz::{fuzz_frames, fuzz_relay};
+use self::relay::{BufferPool, Counters, Ended, Relay, Relayed};
 pub(in crate::hub) use self::relay::{Leg, Side};
-use self::{
-    frames::PeerClose,
-    relay::{BufferPool, Counters, Ended, Relay, Relayed},
-};
 use super::{
     metrics::{Counted, HubMetrics},
     record::Admission,
@@ -36,7 +32,10 @@ use crate::{
     auth::{Ticket, TicketHash},
     base::{Identity, Name, Secret, StreamName},
     config::HubLimits,
-    proto::streams::MUX_STREAM,
+    proto::{
+        streams::MUX_STREAM,
+        websocket::{self, PeerClose},
+    },
 };
 
 /// The bytes under a leg: TLS on a socket in the hub, anything in tests.
@@ -364,7 +363,7 @@ impl Life {
             self.log(label, Relayed::default());
         }
         for leg in waiting {
-            leg.dismiss(frames::close(code, text), self.bridges.inner.stall).await;
+            leg.dismiss(close(code, text), self.bridges.inner.stall).await;
         }
     }
 
@@ -443,7 +442,7 @@ impl Stop {
 impl Verdict {
     fn of_stop(stop: Stop) -> Self {
         let (code, text) = stop.close();
-        let close = frames::close(code, text);
+        let close = close(code, text);
         Self { reason: stop.label(), to_service: close.clone(), to_device: close }
     }
 
@@ -456,7 +455,7 @@ impl Verdict {
             tracing::debug!(?side, how = %ended, "a leg ended");
         }
         let (clean, to_ended) = last_frame(ended);
-        let survivor = if clean { frames::close(1000, "") } else { frames::close(DISCONNECTED.0, DISCONNECTED.1) };
+        let survivor = if clean { close(1000, "") } else { close(DISCONNECTED.0, DISCONNECTED.1) };
         let (reason, to_service, to_device) = match side {
             Side::Service => (label(side, ended), to_ended, survivor),
             Side::Device => (label(side, ended), survivor, to_ended),
@@ -465,12 +464,17 @@ impl Verdict {
     }
 }
 
+/// The hub's Close frame.
+fn close(code: u16, reason: &str) -> Vec<u8> {
+    websocket::close(Some(code), reason, None)
+}
+
 /// Whether a leg ended cleanly, and what it is still told.
 fn last_frame(ended: Option<&Ended>) -> (bool, Vec<u8>) {
     match ended {
-        Some(Ended::Closed(PeerClose { code: None })) => (true, frames::close_without_code()),
-        Some(Ended::Closed(PeerClose { code: Some(code) })) => (*code == 1000, frames::close(*code, "")),
-        Some(Ended::Violated(violation)) => (false, frames::close(violation.close_code(), &violation.to_string())),
+        Some(Ended::Closed(PeerClose { code: None, .. })) => (true, websocket::close(None, "", None)),
+        Some(Ended::Closed(PeerClose { code: Some(code), .. })) => (*code == 1000, close(*code, "")),
+        Some(Ended::Violated(violation)) => (false, close(violation.close_code(), &violation.to_string())),
         Some(Ended::Lost(_)) | None => (false, Vec::new()),
     }
 }

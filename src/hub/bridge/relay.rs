@@ -19,8 +19,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::frames::{self, Decoder, HEADROOM, MAX_PAYLOAD_OUT, PeerClose, Violation};
+use crate::proto::websocket::{Decoder, End, PeerClose, SERVER_HEADROOM as HEADROOM, Violation, pong, put_header};
 
+/// Largest payload of a frame that is sent: the Azure gateway's limit, on which the C sample relies.
+pub(super) const MAX_PAYLOAD_OUT: usize = 65_536;
 /// Bytes of a buffer: one full frame out and its header.
 const BUFFER: usize = HEADROOM + MAX_PAYLOAD_OUT;
 /// Buffers that are kept for the next busy direction: 16 MiB; more are freed.
@@ -77,8 +79,8 @@ pub(super) enum Ended {
 impl std::fmt::Display for Ended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Closed(PeerClose { code: Some(code) }) => write!(f, "closed with {code}"),
-            Self::Closed(PeerClose { code: None }) => f.write_str("closed"),
+            Self::Closed(PeerClose { code: Some(code), .. }) => write!(f, "closed with {code}"),
+            Self::Closed(PeerClose { code: None, .. }) => f.write_str("closed"),
             Self::Lost(Some(error)) => write!(f, "lost: {error}"),
             Self::Lost(None) => f.write_str("ended without a Close"),
             Self::Violated(violation) => write!(f, "violated the protocol: {violation}"),
@@ -135,7 +137,7 @@ pub(in crate::hub) enum Side {
 impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     /// A leg over a connection that has switched to WebSocket.
     pub(in crate::hub) fn new(io: S, early: bytes::Bytes) -> Self {
-        let decoder = Decoder::default();
+        let decoder = Decoder::new(End::Client);
         Self { io, early, decoder, control: Vec::new(), mid_frame: false, unflushed: false, ended: None }
     }
 
@@ -168,11 +170,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
             Err(violation) => self.ended = Some(Ended::Violated(violation)),
         }
         if let Some(close) = self.decoder.close() {
-            self.ended = Some(Ended::Closed(close));
+            self.ended = Some(Ended::Closed(close.clone()));
         }
-        let pongs = self.decoder.take_pongs();
-        if self.control.len() < MAX_CONTROL_OUT {
-            self.control.extend(pongs);
+        while let Some(ping) = self.decoder.take_ping() {
+            if self.control.len() < MAX_CONTROL_OUT {
+                self.control.extend(pong(&ping, None));
+            }
         }
         Poll::Ready(())
     }
@@ -270,7 +273,7 @@ impl Pipe {
     fn frame(&mut self, payload: Range<usize>) {
         self.payload = payload.len();
         self.out = match &mut self.buffer {
-            Some(buffer) if !payload.is_empty() => frames::put_header(buffer, &payload)..payload.end,
+            Some(buffer) if !payload.is_empty() => put_header(buffer, &payload, None)..payload.end,
             _ => 0..0,
         };
     }

@@ -567,7 +567,8 @@ impl Core {
     /// The other side has consumed up to `position`, which was sent.
     fn acknowledge(&mut self, now: Instant, position: u64) {
         self.peer_consumed = position;
-        self.window.acknowledged(now, position.min(self.outbox.sent()));
+        let all = position >= self.outbox.sent();
+        self.window.acknowledged(now, position.min(self.outbox.sent()), all);
         self.outbox.acknowledge(position.min(self.outbox.end()));
         self.fin.acknowledged |= self.fin.ever_sent && position > self.outbox.end();
         if self.outbox.has_spare() && self.outbox.start() == self.outbox.end() {
@@ -603,9 +604,11 @@ impl Core {
         }
         let credit = (self.peer_consumed + u64::from(self.options.peer_window)).saturating_sub(self.outbox.next());
         let limit = usize::try_from(credit).unwrap_or(usize::MAX);
+        let alone = self.outbox.next() == self.peer_consumed;
         let (position, payload) = self.outbox.next_frame(limit.min(MAX_PAYLOAD))?;
         let cramped = self.outbox.held() + MAX_PAYLOAD > self.window.size() || limit - payload.len() < MAX_PAYLOAD;
-        let asking = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.quarter_window();
+        let due = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.quarter_window();
+        let asking = due || (alone && self.window.samples(now));
         if asking {
             self.asked_at = self.outbox.next();
         }

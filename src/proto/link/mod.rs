@@ -44,7 +44,8 @@
 //!
 //! The sender bounds its own memory by a *window* that grows from 256 KiB with the rate and round trip of the path.
 //! Unsent bytes are few (one frame): bytes wait in the mux, where they can be ordered. A sender about to fill its
-//! window sets the flag "answer at once"; otherwise acknowledgements ride on data, or follow after 64 KiB or 100 ms.
+//! window sets the flag "answer at once", and now and then one that sends a frame with nothing else on the way, to see
+//! the round trip; otherwise acknowledgements ride on data, or follow after 64 KiB or 100 ms.
 //!
 //! On a new carrier each side has heard from the hello what the other *received* and *consumed*. It forgets what was
 //! consumed and sends again from what was received. That may be a little old (the former carrier went on while the hello

@@ -13,8 +13,9 @@ use super::input::Parser;
 use super::round_trip::RoundTrip;
 use super::schedule::Schedule;
 
-/// Unsent bytes per channel: enough for the largest turn of the driver while the application gets its turn.
-const MAX_UNSENT: usize = 256 * 1024;
+/// Unsent bytes per channel: one turn of the driver. More would only be copied out of the cache and back, and a flow
+/// that fills it would keep its thread from others for longer.
+const MAX_UNSENT: usize = 64 * 1024;
 
 /// Unsent bytes every channel may have however many others there are, so that none is shut out.
 const MIN_UNSENT: usize = 1024;

@@ -59,7 +59,7 @@
 //! | channels the peer ended but the application still holds | as many again | the peer's next are reset |
 //! | unread data of a channel | its window | violation |
 //! | unread data over all | [`Options::max_buffered`] | input waits; after 1 s the channel with most of it is reset |
-//! | unsent data of a channel | 256 KiB, less when memory is short | writes wait |
+//! | unsent data of a channel | 64 KiB, less when memory is short | writes wait |
 //! | unsent data over all | [`Options::max_buffered`], and 1 KiB per channel | writes wait |
 //! | answers to pings not yet sent | 256 | violation |
 //! | resets of refused channels not yet sent | 1024 | violation |

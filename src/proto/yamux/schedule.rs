@@ -6,9 +6,10 @@
 
 use std::collections::VecDeque;
 
-/// Bytes a channel may send per round: one full frame, so that a round over 16 bulk flows is 256 KiB and a channel
-/// that sends less than this per round always goes first.
-pub(super) const QUANTUM: i32 = 16 * 1024;
+/// Bytes a channel may send per round: two full frames, so that the other end gets half a turn's worth for one wake-up
+/// of a flow, and a round over 16 bulk flows is 512 KiB. A channel that sends less than this per round always goes
+/// first.
+pub(super) const QUANTUM: i32 = 32 * 1024;
 
 /// Where a channel waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

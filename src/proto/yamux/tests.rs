@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use proptest::prelude::*;
 
 use super::frame::{ACK, FIN, Header, Kind, RST, SYN};
+use super::schedule::QUANTUM;
 use super::*;
 
 fn core(role: Role) -> Core {
@@ -233,12 +234,13 @@ fn a_keystroke_goes_before_bulk_and_bulk_is_shared_evenly() {
     let now = Instant::now();
     let keys: Vec<Key> = (0..17).map(|_| client.open(now).unwrap()).collect();
     said(&mut client);
-    for key in &keys[..16] {
-        write_all(&mut client, key, 200 * 1024);
-    }
     let mut out = BytesMut::new();
     let mut sent = [0_usize; 17];
-    for turn in 0..20 {
+    for turn in 0..40 {
+        for key in &keys[..16] {
+            // As much as there is room for.
+            let _ = client.write(key, &[1; 64 * 1024]);
+        }
         if turn % 2 == 1 {
             write_all(&mut client, &keys[16], 64);
         }
@@ -251,13 +253,13 @@ fn a_keystroke_goes_before_bulk_and_bulk_is_shared_evenly() {
             sent[header.id as usize / 2] += header.length as usize;
         }
         // The very first round is that of channels that are all new.
-        if turn % 2 == 1 && turn > 8 {
+        if turn % 2 == 1 && turn > 16 {
             assert_eq!(order[0], 33, "the keystroke is the first frame of its turn");
         }
     }
     let (least, most) = (sent[..16].iter().min().unwrap(), sent[..16].iter().max().unwrap());
-    assert!(most - least <= 17 * 1024, "{sent:?}");
-    assert_eq!(sent[16], 640);
+    assert!(most - least <= QUANTUM as usize + 1024, "{sent:?}");
+    assert_eq!(sent[16], 1280);
 }
 
 #[test]

@@ -5,8 +5,6 @@
 
 use std::{io, net::IpAddr, time::Duration};
 
-use tokio_tungstenite::tungstenite::{self, error::ProtocolError};
-
 /// How a carrier ended, if not by a Close that the other end meant.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CarrierError {
@@ -50,22 +48,16 @@ impl CarrierError {
     }
 }
 
-pub(super) fn carrier_error(error: tungstenite::Error) -> CarrierError {
-    use tungstenite::Error;
-    match error {
-        // rustls' words for this one are a paragraph with a link.
-        Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            CarrierError::Lost("the other end went away without a word".into())
-        }
-        Error::Io(error) => CarrierError::Lost(error.to_string()),
-        Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) | Error::ConnectionClosed => {
-            CarrierError::Lost("ended without a Close".into())
-        }
-        other => CarrierError::Protocol(other.to_string()),
+/// A read that failed.
+pub(super) fn read_error(error: &io::Error) -> CarrierError {
+    // rustls' words for this one are a paragraph with a link.
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return CarrierError::Lost("the other end went away without a word".into());
     }
+    CarrierError::Lost(error.to_string())
 }
 
 /// A write that failed. Its kind is always that of a broken pipe: what really happened, the reader finds out.
-pub(super) fn write_error(error: tungstenite::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, carrier_error(error))
+pub(super) fn write_error(error: io::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, read_error(&error))
 }

@@ -10,19 +10,20 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use futures_util::Sink;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
 
-use super::{Carrier, CarrierError, close_message, error::write_error};
+use super::{Carrier, CarrierError, error::write_error};
 
 /// A closing handshake takes one round trip; a peer that needs longer is not waited for.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Received bytes that are kept for the reader while we wait for the answer to our Close.
 const MAX_FAREWELL_BYTES: usize = 256 * 1024;
+
+/// Read at once while waiting: on the stack.
+const KEPT_AT_ONCE: usize = 4 * 1024;
 
 /// How far our own end has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,11 +48,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
                 Farewell::None => {
                     ready!(self.poll_send_and_flush(cx))?;
                     let (code, reason) = self.shared.take_close();
-                    Pin::new(&mut self.ws).start_send(close_message(code, &reason)).map_err(write_error)?;
+                    self.outbox.close(Some(code), &reason);
                     self.farewell = Farewell::Sending;
                 }
                 Farewell::Sending => {
-                    ready!(Pin::new(&mut self.ws).poll_flush(cx)).map_err(write_error)?;
+                    ready!(self.outbox.poll_flush(&mut self.io, cx)).map_err(write_error)?;
                     self.wait_for(Farewell::Waiting);
                 }
                 Farewell::Waiting => {
@@ -79,9 +80,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
     /// Waits for the other end's Close. What arrives before it is kept for the reader.
     fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while self.end.is_none() {
-            if self.inbox.iter().map(Bytes::len).sum::<usize>() > MAX_FAREWELL_BYTES {
+            if self.inbox.len() > MAX_FAREWELL_BYTES {
                 self.finish(Err(CarrierError::Lost("more data came after our Close than is kept".into())));
-            } else if self.poll_message(cx).is_ready() {
+            } else if self.poll_keep(cx).is_ready() {
                 self.reader.take().into_iter().for_each(Waker::wake);
             } else if self.timer.as_mut().poll(cx).is_ready() {
                 self.finish(Err(CarrierError::Lost("our Close was not answered".into())));
@@ -92,10 +93,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         Poll::Ready(())
     }
 
+    /// Receives into the inbox.
+    fn poll_keep(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut piece = [0; KEPT_AT_ONCE];
+        let mut buf = ReadBuf::new(&mut piece);
+        ready!(self.poll_receive(cx, &mut buf));
+        self.inbox.extend_from_slice(buf.filled());
+        Poll::Ready(())
+    }
+
     /// Flushes our answer to a Close and ends the transport; errors no longer matter.
     fn poll_close_transport(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let _ = ready!(Pin::new(&mut self.ws).poll_flush(cx));
-        let _ = ready!(Pin::new(self.ws.get_mut()).poll_shutdown(cx));
+        let _ = ready!(self.outbox.poll_flush(&mut self.io, cx));
+        let _ = ready!(Pin::new(&mut self.io).poll_shutdown(cx));
         Poll::Ready(())
     }
 }

@@ -5,19 +5,15 @@
 //! ping.
 
 use std::{
-    pin::Pin,
+    io,
     task::{Context, Poll},
 };
 
-use bytes::{Bytes, BytesMut};
-use futures_util::Sink;
+use super::{Carrier, CarrierError, farewell::Farewell, life::Due};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
 };
-use tokio_tungstenite::tungstenite::Message;
-
-use super::{Carrier, CarrierError, farewell::Farewell, life::Due};
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
     pub(super) fn alive(&mut self, now: Instant) {
@@ -67,35 +63,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         Poll::Pending
     }
 
-    /// Sends the waiting ping, unless the writer is blocked: then it does so when it goes on (it must not lose its
-    /// place among the wakers of the transport).
+    /// Sends the waiting ping and whatever else waits, unless the writer is blocked: then it does so when it goes on
+    /// (it must not lose its place among the wakers of the transport).
     fn poll_ping(&mut self, cx: &mut Context<'_>) {
-        if self.writer.is_some() || self.farewell != Farewell::None {
-            return;
+        if let Some(number) = self.ping.filter(|_| self.writer.is_none() && self.farewell == Farewell::None) {
+            self.send_ping(number);
         }
-        if let Some(number) = self.ping {
-            match Pin::new(&mut self.ws).poll_ready(cx) {
-                Poll::Ready(Ok(())) => self.send_ping(number),
-                // A write error is found by the reader, who learns more about it.
-                Poll::Ready(Err(_)) => self.ping = None,
-                Poll::Pending => return,
-            }
+        // A write error is found by the reader, who learns more about it.
+        let _ = self.poll_control(cx);
+    }
+
+    /// Sends what is complete, unless the writer is blocked and will do so.
+    pub(super) fn poll_control(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.writer.is_some() || !self.outbox.is_unflushed() {
+            return Poll::Pending;
         }
-        if self.flush_wanted {
-            self.flush_wanted = Pin::new(&mut self.ws).poll_flush(cx).is_pending();
-        }
+        self.outbox.poll_flush(&mut self.io, cx)
     }
 
     pub(super) fn send_ping(&mut self, number: u64) {
         self.ping = None;
-        let payload = Bytes::copy_from_slice(&number.to_be_bytes());
-        self.flush_wanted = Pin::new(&mut self.ws).start_send(Message::Ping(payload)).is_ok();
+        self.outbox.shrink();
+        self.outbox.ping(number);
         if let Some(life) = &mut self.life {
             life.sent_ping(number, Instant::now());
-        }
-        if self.outbox.is_empty() {
-            // An idle carrier holds no buffer.
-            self.outbox = BytesMut::new();
         }
     }
 }

@@ -14,14 +14,12 @@ use http_body_util::Empty;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_tungstenite::tungstenite::{
-    handshake::{client::generate_key, derive_accept_key},
-    protocol::Role,
-};
+use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 
 use super::{Carrier, CarrierOptions};
 use crate::{
     base::Secret,
+    proto::websocket::End,
     transport::http::{
         clock_hint, connection,
         fuzz::{Scripted, block_on},
@@ -115,7 +113,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Carrier<S> {
         };
         let upgraded = tokio::time::timeout(UPGRADE_TIMEOUT, exchange).await.map_err(|_| UpgradeError::Timeout)??;
         let parts = upgraded.downcast::<TokioIo<S>>().map_err(|_| UpgradeError::Wrong("a foreign transport"))?;
-        Ok(Self::from_role(parts.io.into_inner(), parts.read_buf, Role::Client, options).await)
+        Ok(Self::new(parts.io.into_inner(), parts.read_buf, End::Client, options))
     }
 }
 
@@ -167,7 +165,7 @@ impl Upgrade<'_> {
 pub fn fuzz_upgrade(data: &[u8]) {
     let upgrade =
         Upgrade { host: "hub", path: "/bridges/1", subprotocol: Some("mqtt"), bearer: None, user_agent: "culvert" };
-    let options = CarrierOptions { liveness: None, ..CarrierOptions::CONTROL };
+    let options = CarrierOptions::HUB_CONTROL;
     let upgraded = block_on(Carrier::client(Scripted::saying(data), &upgrade, options));
     let error = upgraded.expect_err("the answer is to another key");
     assert!(!matches!(error, UpgradeError::Timeout), "the exchange ends with its server");

@@ -118,7 +118,7 @@ async fn an_upgraded_pair_over_real_tls_carries_and_ends_cleanly() {
         }
         far.write_all(&switching(std::str::from_utf8(&head).unwrap(), "")).await.unwrap();
         far.flush().await.unwrap();
-        Carrier::server(far, Bytes::new(), CarrierOptions::HUB_CONTROL).await
+        Carrier::server(far, Bytes::new(), CarrierOptions::HUB_CONTROL)
     };
     let (client, mut server) = tokio::join!(Carrier::client(near, &UPGRADE, CarrierOptions::DATA), server);
     let mut client = client.unwrap();
