@@ -59,14 +59,15 @@ impl FromStr for Url {
         let uri: http::Uri = text.parse().map_err(|_| error())?;
         let authority = uri.authority().ok_or_else(error)?;
         let is_ours = matches!(uri.scheme_str(), Some("https" | "wss"));
-        if !is_ours || authority.host().is_empty() {
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        if !is_ours || host.is_empty() {
             return Err(error());
         }
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         // `wss://host?query` has a query and no path.
         let slash = if path.starts_with('/') { "" } else { "/" };
         Ok(Self {
-            host: authority.host().trim_start_matches('[').trim_end_matches(']').to_owned(),
+            host: host.to_owned(),
             port: port_of(authority, 443).ok_or_else(error)?,
             path: format!("{slash}{path}"),
         })
