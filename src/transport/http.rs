@@ -59,10 +59,7 @@ impl FromStr for Url {
         let uri: http::Uri = text.parse().map_err(|_| error())?;
         let authority = uri.authority().ok_or_else(error)?;
         let is_ours = matches!(uri.scheme_str(), Some("https" | "wss"));
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-        if !is_ours || host.is_empty() {
-            return Err(error());
-        }
+        let host = host_of(authority).filter(|_| is_ours).ok_or_else(error)?;
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         // `wss://host?query` has a query and no path.
         let slash = if path.starts_with('/') { "" } else { "/" };
@@ -84,6 +81,19 @@ impl Url {
 impl fmt::Display for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "https://{}{}", self.host_header(), self.path)
+    }
+}
+
+/// The host of an authority: a name or IPv4 address, or what stands in brackets if that is an IPv6 address. (The crate
+/// takes other characters too.)
+fn host_of(authority: &http::uri::Authority) -> Option<&str> {
+    let host = authority.host();
+    match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').filter(|address| address.parse::<std::net::Ipv6Addr>().is_ok()),
+        None => {
+            let in_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+            Some(host).filter(|host| !host.is_empty() && host.bytes().all(in_name))
+        }
     }
 }
 
