@@ -607,7 +607,7 @@ impl Core {
         let alone = self.outbox.next() == self.peer_consumed;
         let (position, payload) = self.outbox.next_frame(limit.min(MAX_PAYLOAD))?;
         let cramped = self.outbox.held() + MAX_PAYLOAD > self.window.size() || limit - payload.len() < MAX_PAYLOAD;
-        let due = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.quarter_window();
+        let due = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.half_window();
         let asking = due || (alone && self.window.samples(now));
         if asking {
             self.asked_at = self.outbox.next();
@@ -617,9 +617,10 @@ impl Core {
         Some(self.frame(now, Kind::Data, flags, position, payload))
     }
 
-    /// How much is sent between two requests for an immediate answer.
-    fn quarter_window(&self) -> u64 {
-        (self.window.size() as u64).min(u64::from(self.options.peer_window)) / 4
+    /// How much is sent between two requests for an immediate answer: the window is twice what the path holds, so the
+    /// answer comes before it is full, and each answer is a message through three daemons.
+    fn half_window(&self) -> u64 {
+        (self.window.size() as u64).min(u64::from(self.options.peer_window)) / 2
     }
 
     fn fin_frame(&mut self, now: Instant) -> Option<Frame> {

@@ -11,8 +11,9 @@ use super::schedule::Turn;
 /// The window every channel starts with; yamux's specification fixes it.
 pub(super) const INITIAL_WINDOW: u32 = 256 * 1024;
 
-/// The most credit kept back to save window updates. Small windows send theirs at a quarter.
-const UPDATE_STEP: u32 = 128 * 1024;
+/// The most credit kept back to save window updates, each of which is a message through three daemons. Windows below
+/// twice this send theirs at the half, as the yamux specification suggests.
+const UPDATE_STEP: u32 = 256 * 1024;
 
 /// Why a channel does not carry data any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -119,7 +120,7 @@ impl Channel {
 
     /// The credit to return to the peer, if it is worth a frame.
     pub(super) fn update_due(&self) -> bool {
-        self.returnable() >= (self.window / 4).clamp(1, UPDATE_STEP)
+        self.returnable() >= (self.window / 2).clamp(1, UPDATE_STEP)
     }
 
     /// What the peer may be granted on top of what it has.

@@ -37,11 +37,11 @@
 //! never acknowledge a channel on which they have nothing to say. Ours goes out with the next turn.
 //!
 //! *Windows* start at 256 KiB and never shrink below. Credit goes back when the application has taken data, from a
-//! quarter of the window on (at most 128 KiB). A window grows to twice what its reader takes in the *shortest* round
+//! half of the window on (at most 256 KiB). A window grows to twice what its reader takes in the *shortest* round
 //! trip seen, so it fills the path but cannot chase the queues it makes; its growth is paid from the memory for
 //! received data and shared among the channels that want it. Pings measure the round trip, only while data flows.
 //!
-//! *Order*: control frames first, then data by deficit round robin with a quantum of 16 KiB and priority for channels
+//! *Order*: control frames first, then data by deficit round robin with a quantum of 32 KiB and priority for channels
 //! that just became active. Bytes wait here, per channel, until the driver has room for them.
 //!
 //! *Ends*: FIN in each direction, in any order. A channel that the application releases before both directions have
