@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import os
+import select
 import socket
 import ssl
 import struct
@@ -64,6 +65,36 @@ def _split(text):
 # --- TLS ---
 
 
+class Connection(ssl.SSLSocket):
+    """A TLS connection that one thread may read while another one writes. OpenSSL's object is for one at a time, and
+    Python 3.11 lets two at it: a read then sees an end that nobody sent."""
+
+    limit = 30
+
+    def settimeout(self, seconds):
+        self.limit = seconds
+
+    def recv(self, count, flags=0):
+        return self.in_turn(lambda: ssl.SSLSocket.recv(self, count, flags))
+
+    def sendall(self, data, flags=0):
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[self.in_turn(lambda: ssl.SSLSocket.send(self, rest, flags)) :]
+
+    def in_turn(self, use):
+        while True:
+            with self.lock:
+                try:
+                    return use()
+                except ssl.SSLWantReadError:
+                    wanted = ([self], [])
+                except ssl.SSLWantWriteError:
+                    wanted = ([], [self])
+            if not any(select.select(*wanted, [], self.limit)):
+                raise TimeoutError(f"the hub neither sends nor takes anything for {self.limit} s")
+
+
 def tls(port, host=HUB, certificate=None, address=None):
     """A TLS connection without ALPN that verifies the hub. `certificate`: name of a PEM pair of the world."""
     context = ssl.create_default_context(cafile=os.path.join(FOLDER, "ca.pem"))
@@ -72,7 +103,11 @@ def tls(port, host=HUB, certificate=None, address=None):
         context.load_cert_chain(path + ".pem", path + ".key")
     raw = socket.create_connection((address or host, port), timeout=30)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return context.wrap_socket(raw, server_hostname=host)
+    context.sslsocket_class = Connection
+    connection = context.wrap_socket(raw, server_hostname=host)
+    connection.lock = threading.Lock()
+    connection.setblocking(False)
+    return connection
 
 
 def drop(connection):
