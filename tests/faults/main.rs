@@ -210,6 +210,12 @@ fn a_session_that_cannot_be_resumed_ends_by_a_reset_with_the_reason() {
     let said = std::fs::read_to_string(world.lab.dir.join("ssh.log")).unwrap();
     assert!(!said.contains("closed by"), "ssh said {said:?}");
     world.lab.heal();
+    // With nothing to keep alive, the device asks again within a minute only.
+    let healed = Instant::now();
+    while world.daemons.log(Host::Device).matches("ready for device streams").count() < 2 {
+        assert!(healed.elapsed() < LOST, "the device never came back");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     world.shell = Some(Shell::open(&world.lab, &world.targets));
 }
 
