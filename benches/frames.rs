@@ -24,7 +24,7 @@ use culvert::{
     auth::{ConnectionString, sas},
     base::{Name, Secret, StreamName},
     device::{self, DeviceStream},
-    transport::tls::{ClientTls, Trust},
+    transport::tls::{ClientStream, ClientTls, Trust},
 };
 use futures_util::future::BoxFuture;
 use peers::{DEVICE, Hub, Processes};
@@ -34,7 +34,6 @@ use tokio::{
     sync::mpsc,
     task::JoinSet,
 };
-use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 /// What travels: 125,000 frames of 64 bytes.
@@ -53,7 +52,7 @@ const KINDS: [(&str, usize, bool); 3] = [
 
 /// A plain device stream with a service that frames by hand.
 struct World {
-    service: TlsStream<TcpStream>,
+    service: ClientStream<TcpStream>,
     device: DeviceStream,
     processes: Processes,
     _tasks: JoinSet<()>,
@@ -164,7 +163,7 @@ fn writes(size: usize, single: bool) -> Vec<Vec<u8>> {
 }
 
 /// Opens a device stream as an SDK does: POST, then a WebSocket.
-async fn open(connection: &ConnectionString, trust: Trust) -> anyhow::Result<TlsStream<TcpStream>> {
+async fn open(connection: &ConnectionString, trust: Trust) -> anyhow::Result<ClientStream<TcpStream>> {
     let tls = ClientTls::new(&trust, None)?;
     let address = (connection.host.clone(), connection.port);
     let dial = || async { anyhow::Ok(tls.connect(&address.0, TcpStream::connect(&address).await?).await?) };
@@ -201,7 +200,7 @@ fn token(connection: &ConnectionString) -> anyhow::Result<String> {
 }
 
 /// Sends a request and reads an answer's head; nothing comes behind it.
-async fn exchange(io: &mut TlsStream<TcpStream>, request: &str) -> anyhow::Result<String> {
+async fn exchange(io: &mut ClientStream<TcpStream>, request: &str) -> anyhow::Result<String> {
     io.write_all(request.as_bytes()).await?;
     io.flush().await?;
     let mut head = Vec::new();

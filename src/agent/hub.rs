@@ -12,7 +12,6 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
 use super::Failure;
 use crate::{
@@ -24,7 +23,7 @@ use crate::{
         dial::{DialError, Dialer, NoProxy, Proxy, ProxyRules, ProxySyntaxError},
         http::{HttpError, HttpRequest, HttpResponse, Url, UrlError, host_header, request_noting},
         net::tolerate_pauses,
-        tls::{ClientCertificate, ClientTls, TlsError, Trust},
+        tls::{ClientCertificate, ClientStream, ClientTls, TlsError, Trust},
     },
 };
 
@@ -34,7 +33,7 @@ pub const TOKEN_LIFETIME: u64 = 3600;
 const NOTABLE_SKEW: u64 = 120;
 
 /// A carrier to the hub.
-pub type HubCarrier = Carrier<TlsStream<TcpStream>>;
+pub type HubCarrier = Carrier<ClientStream<TcpStream>>;
 
 /// Why a configuration does not lead to a hub.
 #[derive(Debug, thiserror::Error)]
@@ -225,7 +224,7 @@ impl HubClient {
         let url: Url = url.parse()?;
         let io = self.shared.dialer.connect(&url.host, url.port, None).await?;
         if options.may_pause() {
-            tolerate_pauses(io.get_ref().0);
+            tolerate_pauses(io.get_ref().0.get_ref());
         }
         let upgrade = Upgrade {
             host: &url.host_header(),
@@ -253,11 +252,11 @@ impl HubClient {
 }
 
 async fn upgraded(
-    io: TlsStream<TcpStream>,
+    io: ClientStream<TcpStream>,
     upgrade: &Upgrade<'_>,
     options: CarrierOptions,
 ) -> Result<HubCarrier, CarrierFailure> {
-    let address = io.get_ref().0.local_addr();
+    let address = io.get_ref().0.get_ref().local_addr();
     let carrier = Carrier::client(io, upgrade, options).await?;
     if let Ok(address) = address {
         carrier.comes_from(address);

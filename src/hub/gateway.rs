@@ -11,7 +11,6 @@ use hyper::{body::Incoming, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
 use socket2::SockRef;
 use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
 
 use super::{
     answer::{self, Answer},
@@ -21,7 +20,10 @@ use super::{
     server::Connection,
     upgrade::Offer,
 };
-use crate::transport::carrier::{Carrier, CarrierOptions};
+use crate::transport::{
+    carrier::{Carrier, CarrierOptions},
+    tls::ServerStream,
+};
 
 /// Unsent bytes that the kernel may hold per leg. More would only make short messages wait behind bulk where nobody
 /// can reorder them; 128 KiB keep full rate at 50 ms, as measured for carriers (`transport::net`).
@@ -34,7 +36,7 @@ const SUBPROTOCOL: &str = "mqtt";
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Under every WebSocket of the hub.
-pub(in crate::hub) type Io = TlsStream<TcpStream>;
+pub(in crate::hub) type Io = ServerStream<TcpStream>;
 
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
 pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], request: &mut Request<Incoming>) -> Answer {
@@ -58,7 +60,7 @@ pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], reques
     hub.spawn(async move {
         if let Some((io, early)) = switched(upgrade).await {
             // A kernel without the option costs latency under load, not correctness.
-            let _ = SockRef::from(io.get_ref().0).set_tcp_notsent_lowat(NOTSENT_LOWAT);
+            let _ = SockRef::from(io.get_ref().0.get_ref()).set_tcp_notsent_lowat(NOTSENT_LOWAT);
             seat.join(Leg::new(Box::new(io), early)).await;
         }
     });

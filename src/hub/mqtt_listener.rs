@@ -12,7 +12,6 @@ use tokio::{
     task::{JoinError, JoinSet},
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     control::{self, PeerInfo},
@@ -20,7 +19,10 @@ use super::{
     metrics::Counted,
     shared::HubShared,
 };
-use crate::transport::net::{BindError, Endpoint, Listener, Peer, Socket, tune_carrier};
+use crate::transport::{
+    net::{BindError, Endpoint, Listener, Peer, Socket, tune_carrier},
+    tls::{Acceptor, ServerStream},
+};
 
 /// How long saying goodbye may take: a peer that is gone does not answer.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -53,7 +55,7 @@ impl MqttListener {
 
     /// Serves until the hub shuts down and every connection has ended. `tls` should ask clients for certificates
     /// and speak no protocol name ([`Alpn::Unspoken`](crate::transport::tls::Alpn::Unspoken)).
-    pub async fn run(self, tls: TlsAcceptor, hub: Arc<HubShared>) {
+    pub async fn run(self, tls: Acceptor, hub: Arc<HubShared>) {
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -74,13 +76,7 @@ impl MqttListener {
 }
 
 /// Counts a connection and, if strangers are few enough, gives it a task.
-fn accepted(
-    connections: &mut JoinSet<()>,
-    socket: TcpStream,
-    addr: SocketAddr,
-    tls: &TlsAcceptor,
-    hub: &Arc<HubShared>,
-) {
+fn accepted(connections: &mut JoinSet<()>, socket: TcpStream, addr: SocketAddr, tls: &Acceptor, hub: &Arc<HubShared>) {
     hub.metrics.connections.with_label_values(&[LABEL]).inc();
     match hub.newcomers.admit(addr.ip(), &hub.config().limits) {
         Ok(newcomer) => {
@@ -95,7 +91,7 @@ fn accepted(
 }
 
 /// A connection's life: handshake, session, goodbye.
-async fn connection(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &TlsAcceptor, hub: &HubShared) {
+async fn connection(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Acceptor, hub: &HubShared) {
     tune_carrier(&socket);
     let mut stream = match handshake(socket, tls, hub).await {
         Ok(stream) => stream,
@@ -113,7 +109,7 @@ async fn connection(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls
     let _ = timeout(GOODBYE, stream.shutdown()).await;
 }
 
-async fn handshake(socket: TcpStream, tls: &TlsAcceptor, hub: &HubShared) -> io::Result<TlsStream<TcpStream>> {
+async fn handshake(socket: TcpStream, tls: &Acceptor, hub: &HubShared) -> io::Result<ServerStream<TcpStream>> {
     tokio::select! {
         done = timeout(hub.config().limits.tls_handshake_timeout, tls.accept(socket)) => done?,
         () = hub.shutdown.cancelled() => Err(io::ErrorKind::ConnectionAborted.into()),
@@ -140,7 +136,7 @@ mod tests {
             control::testing::{NODE, bytes_of, config, connect, hub, key, put, token},
             record::{Authentication, Thumbprint},
         },
-        transport::tls::{Alpn, ClientCertificate, ClientTls, ServerTls, Trust},
+        transport::tls::{Alpn, ClientCertificate, ClientStream, ClientTls, ServerTls, Trust},
     };
 
     /// A served listener with its own certificate in a folder of its own.
@@ -172,7 +168,7 @@ mod tests {
             Trust::File(self.folder.join("hub.pem"))
         }
 
-        async fn dial(&self, tls: &ClientTls) -> tokio_rustls::client::TlsStream<TcpStream> {
+        async fn dial(&self, tls: &ClientTls) -> ClientStream<TcpStream> {
             let socket = TcpStream::connect(self.addr).await.unwrap();
             tls.connect("127.0.0.1", socket).await.unwrap()
         }

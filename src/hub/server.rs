@@ -14,7 +14,6 @@ use http::{HeaderValue, Method, Request, StatusCode, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     answer::{self, Answer},
@@ -30,7 +29,10 @@ use super::{
 };
 use crate::{
     proto::streams::ApiError,
-    transport::net::{BindError, Endpoint as Address, Listener, Peer, Socket},
+    transport::{
+        net::{BindError, Endpoint as Address, Listener, Peer, Socket},
+        tls::Acceptor,
+    },
 };
 
 /// The listener's name in metrics.
@@ -70,7 +72,7 @@ impl HttpsListener {
     }
 
     /// Accepts until the hub shuts down. Connections are tasks of the hub.
-    pub(in crate::hub) async fn run(self, tls: TlsAcceptor, hub: Arc<HubShared>) {
+    pub(in crate::hub) async fn run(self, tls: Acceptor, hub: Arc<HubShared>) {
         loop {
             tokio::select! {
                 () = hub.shutdown.cancelled() => return,
@@ -85,7 +87,7 @@ impl HttpsListener {
 }
 
 /// Counts a connection and, if strangers are few enough, gives it a task.
-fn accepted(socket: TcpStream, addr: SocketAddr, tls: &TlsAcceptor, hub: &Arc<HubShared>) {
+fn accepted(socket: TcpStream, addr: SocketAddr, tls: &Acceptor, hub: &Arc<HubShared>) {
     hub.metrics.connections.with_label_values(&[LABEL]).inc();
     match hub.newcomers.admit(addr.ip(), &hub.config().limits) {
         Ok(newcomer) => {
@@ -100,7 +102,7 @@ fn accepted(socket: TcpStream, addr: SocketAddr, tls: &TlsAcceptor, hub: &Arc<Hu
 }
 
 /// One connection until it ends or has switched protocols.
-async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &TlsAcceptor, hub: &Arc<HubShared>) {
+async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Acceptor, hub: &Arc<HubShared>) {
     let limits = hub.config().limits.clone();
     let stream = match timeout(limits.tls_handshake_timeout, tls.accept(socket)).await {
         Ok(Ok(stream)) => stream,

@@ -10,11 +10,10 @@ mod tests;
 use std::{net::SocketAddr, time::Duration};
 
 use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
 use super::{
     net::{ConnectError, connect_tcp, tune_carrier},
-    tls::{ClientTls, HandshakeError},
+    tls::{ClientStream, ClientTls, HandshakeError},
 };
 
 pub use proxy::{NoProxy, Proxy, ProxyError, ProxyRules, ProxySyntaxError, fuzz_proxy_answer};
@@ -102,7 +101,7 @@ impl Dialer {
         host: &str,
         port: u16,
         address: Option<SocketAddr>,
-    ) -> Result<TlsStream<TcpStream>, DialError> {
+    ) -> Result<ClientStream<TcpStream>, DialError> {
         let socket = match (address, self.proxies.proxy_for(host, port)) {
             (Some(address), _) => self.connect_directly(&address.ip().to_string(), address.port()).await?,
             (None, None) => self.connect_directly(host, port).await?,

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use super::mux::Tunnel;
 
 pub use super::link::{BoxedCarrier, CarrierIo, Link, LinkControl, LinkSettings};
 pub use crate::proto::hello::{BootId, InstanceId, LinkId, Refusal};
@@ -419,6 +422,17 @@ impl AsyncRead for SessionIo {
         match self.get_mut() {
             Self::Link(link) => Pin::new(link).poll_read(cx, buf),
             Self::Bare(carrier) => Pin::new(carrier).poll_read(cx, buf),
+        }
+    }
+}
+
+impl Tunnel for BoxedCarrier {}
+
+impl Tunnel for SessionIo {
+    fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Link(link) => Pin::new(link).poll_write_turn(cx, bytes),
+            Self::Bare(carrier) => Pin::new(carrier).poll_write_turn(cx, bytes),
         }
     }
 }

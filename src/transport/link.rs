@@ -5,9 +5,9 @@
 //! ended the stream; a lost session is an error.
 //!
 //! There is no task: carrier, timer and core move inside the polls of [`Link`]. One lock is taken per poll; it is free
-//! unless the control is used in that moment. The path of a byte has one copy per side: written bytes are copied into
-//! the replay buffer, from where they are sent by reference; the payload of a frame is read from the carrier straight
-//! into the reader's buffer.
+//! unless the control is used in that moment. No byte of bulk is copied: what the mux writes becomes part of the replay
+//! buffer, from where it is sent by reference; the payload of a frame is read from the carrier straight into the
+//! reader's buffer.
 
 mod budget;
 mod driver;
@@ -28,6 +28,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
@@ -36,6 +37,7 @@ use tokio::{
 
 pub use self::{budget::ReplayBudget, metrics::LinkMetrics};
 use self::{driver::Driver, wakers::Wakers};
+use super::mux::Tunnel;
 pub use crate::proto::{hello::LinkId, link::EndReason};
 use crate::{
     base::Secret,
@@ -192,6 +194,14 @@ impl AsyncRead for Link {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.shared.wakers.reader.register(cx.waker());
         self.poll(|driver, cx| driver.poll_read(cx, buf))
+    }
+}
+
+impl Tunnel for Link {
+    /// A turn of bulk becomes a frame as it is, without a copy.
+    fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
+        self.shared.wakers.writer.register(cx.waker());
+        self.poll(|driver, cx| driver.poll_write_turn(cx, bytes))
     }
 }
 

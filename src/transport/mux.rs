@@ -21,7 +21,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -30,7 +29,7 @@ use crate::proto::yamux::{Core, Event, OpenRefusal};
 
 pub use crate::proto::yamux::{Failure as ChannelFailure, Options as MuxOptions, Role};
 pub use channel::Channel;
-pub use driver::{MuxDriver, MuxError};
+pub use driver::{MuxDriver, MuxError, Tunnel};
 
 /// How long a mux that closes may take to get its last bytes out, before it ends without them.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
@@ -38,7 +37,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// Puts a mux on a byte stream. Nothing happens until the driver is polled.
 pub fn start<T>(io: T, options: MuxOptions) -> (Mux, Incoming, MuxDriver<T>)
 where
-    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: Tunnel + Send + 'static,
 {
     let shared = Arc::new(Shared::new(Core::new(options)));
     (Mux { shared: shared.clone() }, Incoming { shared: shared.clone() }, MuxDriver::new(io, shared))

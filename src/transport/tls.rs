@@ -5,6 +5,7 @@
 //! never accepted without the check that its role asks for; there is no switch to turn verification off.
 
 mod problem;
+mod read_ahead;
 mod server;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -29,11 +30,16 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem:
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+use read_ahead::ReadAhead;
+
 pub use problem::{CertificateProblem, HandshakeError};
-pub use server::{Alpn, ClientAuthorities, ServerTls};
+pub use server::{Acceptor, Alpn, ClientAuthorities, ServerStream, ServerTls};
 
 /// The only protocol that we speak inside TLS on 443; naming it keeps a middlebox from picking HTTP/2.
 const ALPN_HTTP1: &[u8] = b"http/1.1";
+
+/// TLS over `IO`, the client's end.
+pub type ClientStream<IO> = TlsStream<ReadAhead<IO>>;
 
 /// Why TLS could not be set up from files.
 #[derive(Debug, thiserror::Error)]
@@ -125,13 +131,13 @@ impl ClientTls {
     }
 
     /// Speaks TLS over `io` to a server that must prove to be `host` (a DNS name or an IP address).
-    pub async fn connect<IO>(&self, host: &str, io: IO) -> Result<TlsStream<IO>, HandshakeError>
+    pub async fn connect<IO>(&self, host: &str, io: IO) -> Result<ClientStream<IO>, HandshakeError>
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
         let unbracketed = host.trim_start_matches('[').trim_end_matches(']');
         let name = ServerName::try_from(unbracketed.to_owned()).map_err(|_| HandshakeError::Name(host.to_owned()))?;
-        TlsConnector::from(self.config.clone()).connect(name, io).await.map_err(HandshakeError::from_io)
+        TlsConnector::from(self.config.clone()).connect(name, ReadAhead::new(io)).await.map_err(HandshakeError::from_io)
     }
 }
 

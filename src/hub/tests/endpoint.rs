@@ -90,7 +90,7 @@ async fn an_end_without_a_close_is_told_as_1011() {
     assert_eq!(closed(&mut service_leg).await, (1011, "WS disconnected".into()));
     // TCP cut off.
     let (service_leg, mut device_leg) = hub.stream(&mut device, "ssh").await;
-    socket2::SockRef::from(service_leg.get_ref().get_ref().0).set_linger(Some(Duration::ZERO)).unwrap();
+    socket2::SockRef::from(service_leg.get_ref().get_ref().0.get_ref()).set_linger(Some(Duration::ZERO)).unwrap();
     drop(service_leg);
     assert_eq!(closed(&mut device_leg).await, (1011, "WS disconnected".into()));
     // A Close that means failure stays one.

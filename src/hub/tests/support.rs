@@ -10,7 +10,6 @@ use tokio::{
     net::TcpStream,
     task::JoinSet,
 };
-use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{Error as WsError, Message, client::IntoClientRequest as _, protocol::CloseFrame},
@@ -26,12 +25,12 @@ use crate::{
     base::{Identity, Name, Secret},
     config::{Certificate, FileContents, HubConfig, PolicyRule, SecretFile},
     proto::mqtt::{self, Connect, Packet, PacketId, Publish, Qos, Subscribe},
-    transport::tls::{ClientTls, Trust},
+    transport::tls::{ClientStream, ClientTls, Trust},
 };
 
 pub(super) const HOST: &str = "localhost";
 
-pub(super) type Tls = TlsStream<TcpStream>;
+pub(super) type Tls = ClientStream<TcpStream>;
 pub(super) type Ws = WebSocketStream<Tls>;
 
 /// A running hub in a folder of its own, with the policies `service`, `registry`, `device` and `weak` (no rights).

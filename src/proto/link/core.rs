@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes, BytesMut};
 
 use super::{
     EndReason, INITIAL_WINDOW, Violation,
@@ -206,6 +206,19 @@ impl Core {
         taken
     }
 
+    /// Like [`write`](Self::write), from the front of `bytes`; a block that can be sent as one frame is kept as it is, and
+    /// empty memory is left in its place.
+    pub fn write_block(&mut self, bytes: &mut BytesMut) -> usize {
+        let (length, room) = (bytes.len(), self.writable());
+        if Outbox::keeps(bytes) && bytes.capacity() <= room {
+            self.outbox.push_block(bytes);
+            return length;
+        }
+        let taken = self.write(&bytes[..length.min(room)]);
+        bytes.advance(taken);
+        taken
+    }
+
     /// All that was written shall be sent without waiting for more.
     pub fn flush(&mut self) {
         self.flush_to = self.outbox.end();
@@ -230,7 +243,7 @@ impl Core {
     /// True if a frame is worth sending: bytes were flushed, or fill a frame, or fill the window so that no more come.
     pub fn unsent(&self) -> bool {
         let unsent = self.outbox.end() - self.outbox.next();
-        let full = unsent >= MAX_PAYLOAD as u64 || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
+        let full = self.outbox.has_frame() || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
         unsent > 0 && (full || self.outbox.next() < self.flush_to)
     }
 

@@ -12,6 +12,10 @@ use super::frame::MAX_PAYLOAD;
 /// Smallest block that is allocated: a page, so that keystrokes share one.
 const MIN_BLOCK: usize = 4 * 1024;
 
+/// Smallest block that is kept, the application's instead of a copy and our own for later: nearly a full frame, so that
+/// little memory stays unused.
+const MIN_KEPT: usize = MAX_PAYLOAD - 4 * 1024;
+
 /// What a chunk costs beside its bytes: its entry in the queue and its share of the allocator's book-keeping.
 pub(super) const CHUNK_COST: usize = 64;
 
@@ -98,6 +102,27 @@ impl Outbox {
             bytes = later;
             block = MAX_PAYLOAD;
         }
+    }
+
+    /// True if a block of the application's is large enough to be kept, and small enough to be one frame.
+    pub(super) fn keeps(block: &BytesMut) -> bool {
+        (MIN_KEPT..=MAX_PAYLOAD).contains(&block.len()) && block.capacity() <= MAX_PAYLOAD
+    }
+
+    /// Appends a block without copying it, and leaves empty memory in its place; the caller has checked that there is
+    /// room for its capacity.
+    pub(super) fn push_block(&mut self, block: &mut BytesMut) {
+        self.seal_tail();
+        let block = std::mem::replace(block, self.spare.pop().unwrap_or_default());
+        let cost = block.capacity() + CHUNK_COST;
+        self.held += cost;
+        self.chunks.push_back(Chunk { position: self.end, bytes: block.freeze(), cost });
+        self.end = self.chunks.back().map_or(self.end, |chunk| self.end + chunk.bytes.len() as u64);
+    }
+
+    /// True if a frame waits that takes no more bytes.
+    pub(super) fn has_frame(&self) -> bool {
+        self.cursor < self.chunks.len()
     }
 
     /// The next bytes to send, at most `limit` of them, with their position.
@@ -195,14 +220,12 @@ impl Outbox {
 
     /// Keeps the block of a full chunk for later writes, if nobody else looks at it any more.
     fn recycle(&mut self, bytes: Bytes) {
-        if self.spare.len() == MAX_SPARE || bytes.len() <= MAX_PAYLOAD / 2 {
+        if self.spare.len() == MAX_SPARE || bytes.len() < MIN_KEPT {
             return;
         }
         if let Ok(mut block) = bytes.try_into_mut() {
             block.clear();
-            if block.capacity() >= MAX_PAYLOAD {
-                self.spare.push(block);
-            }
+            self.spare.push(block);
         }
     }
 }

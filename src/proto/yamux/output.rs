@@ -13,8 +13,9 @@ use super::core::{Core, Phase};
 use super::frame::{ACK, FIN, HEADER, Header, Kind, RST, SYN};
 use super::schedule::Schedule;
 
-/// The most output per turn: one WebSocket message of 65,536 bytes with room for the link's header.
-pub const TURN: usize = 65_536 - 64;
+/// The most output per turn. With the headers of link, WebSocket and TLS it is one segment of the loopback interface
+/// (65,483 bytes), which a full message of 65,536 bytes would exceed by a small second one.
+pub const TURN: usize = 65_536 - 256;
 
 /// A data frame shorter than this is not begun at the end of a turn only to fill it.
 const WORTH_A_FRAME: usize = 2048;

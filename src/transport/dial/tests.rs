@@ -9,7 +9,7 @@ use tokio::{
 use super::*;
 use crate::{
     base::Secret,
-    transport::tls::{Alpn, ServerTls, testing::Authority},
+    transport::tls::{Alpn, ClientStream, ServerTls, testing::Authority},
 };
 
 /// A TLS server that echoes once.
@@ -72,7 +72,7 @@ async fn blunt_server(answer: &'static [u8], tasks: &mut JoinSet<io::Result<()>>
     address
 }
 
-async fn echoes(mut stream: TlsStream<TcpStream>) {
+async fn echoes(mut stream: ClientStream<TcpStream>) {
     stream.write_all(b"ping").await.unwrap();
     stream.flush().await.unwrap();
     let mut got = Vec::new();

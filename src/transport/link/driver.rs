@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     sync::watch,
@@ -101,9 +102,16 @@ impl Driver {
 
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let now = self.begin(cx);
-        let polled = self.write_some(cx, now, bytes);
+        let polled = self.write_some(cx, now, bytes.len(), |core| core.write(bytes));
         self.rest(cx);
         polled
+    }
+
+    pub(super) fn poll_write_turn(&mut self, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
+        let now = self.begin(cx);
+        let polled = self.write_some(cx, now, bytes.len(), |core| core.write_block(bytes));
+        self.rest(cx);
+        polled.map_ok(drop)
     }
 
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -247,7 +255,14 @@ impl Driver {
 
     // === writing ===
 
-    fn write_some(&mut self, cx: &mut Context<'_>, now: Instant, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    /// `write` gives the core some of `length` bytes, and says how many.
+    fn write_some(
+        &mut self,
+        cx: &mut Context<'_>,
+        now: Instant,
+        length: usize,
+        write: impl FnOnce(&mut Core) -> usize,
+    ) -> Poll<io::Result<usize>> {
         for attempt in 0..2 {
             if self.core.ended().is_some() {
                 return Poll::Ready(Err(self.end_error()));
@@ -255,10 +270,10 @@ impl Driver {
             if self.core.is_finishing() {
                 return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             }
-            let room = if self.sending.is_some() { 0 } else { self.core.writable().min(bytes.len()) };
+            let room = if self.sending.is_some() { 0 } else { self.core.writable().min(length) };
             let covered = self.reservation.cover(self.core.replay_bytes() + room + WRITE_COST, &self.wakers);
-            if bytes.is_empty() || (room > 0 && covered) {
-                let taken = self.core.write(bytes);
+            if length == 0 || (room > 0 && covered) {
+                let taken = write(&mut self.core);
                 self.pump_out(cx, now, false);
                 return Poll::Ready(Ok(taken));
             }

@@ -7,9 +7,9 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use bytes::BytesMut;
+use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
@@ -43,25 +43,38 @@ pub enum MuxError {
     CloseTimeout,
 }
 
+/// What a mux runs over.
+pub trait Tunnel: AsyncRead + AsyncWrite + Unpin {
+    /// Writes from `bytes`, which is not empty: what it took is gone from the front. It may keep the memory instead of
+    /// copying it, and leave other memory for the next turn.
+    fn poll_write_turn(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
+        let written = ready!(self.as_mut().poll_write(cx, bytes))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        bytes.advance(written);
+        Poll::Ready(Ok(()))
+    }
+}
+
 /// Does all the work of a mux; ends well if either side closed it or the stream below ended between two frames.
 /// Dropped, it takes the mux with it: channels fail.
 #[must_use = "a mux does nothing unless its driver is polled"]
 pub struct MuxDriver<T> {
     io: T,
     shared: Arc<Shared>,
+    /// What is left of a turn.
     output: BytesMut,
-    /// Bytes of the output that the stream below has.
-    written: usize,
     /// The stream below has bytes that it was not told to flush.
     unflushed: bool,
     input: Vec<u8>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<T: AsyncRead + AsyncWrite + Unpin> MuxDriver<T> {
+impl<T: Tunnel> MuxDriver<T> {
     pub(super) fn new(io: T, shared: Arc<Shared>) -> Self {
         let output = BytesMut::new();
-        Self { io, shared, output, written: 0, unflushed: false, input: Vec::new(), timer: None }
+        Self { io, shared, output, unflushed: false, input: Vec::new(), timer: None }
     }
 
     /// One turn in each direction; true if it got anywhere.
@@ -82,18 +95,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> MuxDriver<T> {
         if self.output.is_empty() {
             self.take_output();
         }
-        while self.written < self.output.len() {
-            match Pin::new(&mut self.io).poll_write(cx, &self.output[self.written..]) {
-                Poll::Pending => return Ok(progress),
-                Poll::Ready(result) => match result? {
-                    0 => return Err(io::ErrorKind::WriteZero.into()),
-                    n => self.written += n,
-                },
-            }
+        while !self.output.is_empty() {
+            let Poll::Ready(written) = Pin::new(&mut self.io).poll_write_turn(cx, &mut self.output) else {
+                return Ok(progress);
+            };
+            written?;
             (progress, self.unflushed) = (true, true);
         }
-        (self.written, progress) = (0, progress | !self.output.is_empty());
-        self.output.clear();
         // Only behind the last turn: as long as there is more, that pushes this one along.
         if self.unflushed && !progress {
             self.unflushed = Pin::new(&mut self.io).poll_flush(cx)?.is_pending();
@@ -203,7 +211,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> MuxDriver<T> {
     }
 }
 
-impl<T: AsyncRead + AsyncWrite + Unpin> Future for MuxDriver<T> {
+impl<T: Tunnel> Future for MuxDriver<T> {
     type Output = Result<(), MuxError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

@@ -40,6 +40,8 @@ impl Pair {
 }
 
 /// A mux against a peer that the test plays itself, byte by byte.
+impl Tunnel for DuplexStream {}
+
 fn against_bytes(role: Role) -> (Mux, Incoming, JoinSet<Result<(), MuxError>>, DuplexStream) {
     let (near, far) = duplex(64 * 1024);
     let (mux, incoming, driver) = start(near, MuxOptions::new(role));

@@ -19,9 +19,10 @@ use rustls::{
     sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
-use tokio_rustls::TlsAcceptor;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
-use super::{ALPN_HTTP1, TlsError, add_all, parse_certificates, provider, read_certificates, read_key};
+use super::{ALPN_HTTP1, ReadAhead, TlsError, add_all, parse_certificates, provider, read_certificates, read_key};
 
 /// What a listener says about the protocol inside TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,20 @@ pub enum Alpn {
     Http,
     /// Nothing: MQTT clients name no protocol, or one that nobody standardised.
     Unspoken,
+}
+
+/// TLS over `IO`, the server's end.
+pub type ServerStream<IO> = TlsStream<ReadAhead<IO>>;
+
+/// Makes TLS of accepted connections.
+#[derive(Clone)]
+pub struct Acceptor(TlsAcceptor);
+
+impl Acceptor {
+    /// The handshake over `io`.
+    pub fn accept<IO: AsyncRead + AsyncWrite + Unpin>(&self, io: IO) -> Accept<ReadAhead<IO>> {
+        self.0.accept(ReadAhead::new(io))
+    }
 }
 
 /// A server certificate from files, exchangeable while connections run. Clones share it.
@@ -68,7 +83,7 @@ impl ServerTls {
     /// An acceptor that asks clients for a certificate, takes any, and none. The handshake proves that the client
     /// holds the certificate's key; whom it stands for is the caller's question
     /// (`tokio_rustls::server::TlsStream::get_ref().1.peer_certificates()`).
-    pub fn acceptor(&self, alpn: Alpn) -> Result<TlsAcceptor, TlsError> {
+    pub fn acceptor(&self, alpn: Alpn) -> Result<Acceptor, TlsError> {
         let provider = provider();
         let any = Arc::new(AnyClient(provider.signature_verification_algorithms));
         let mut config = ServerConfig::builder_with_provider(provider)
@@ -79,7 +94,7 @@ impl ServerTls {
         if alpn == Alpn::Http {
             config.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
         }
-        Ok(TlsAcceptor::from(Arc::new(config)))
+        Ok(Acceptor(TlsAcceptor::from(Arc::new(config))))
     }
 }
 

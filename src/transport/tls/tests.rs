@@ -3,14 +3,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use super::{testing::Authority, *};
 
-type ServerStream = tokio_rustls::server::TlsStream<DuplexStream>;
-
 /// One handshake over a pipe.
 async fn handshake(
     client: &ClientTls,
     host: &str,
     server: &ServerTls,
-) -> (Result<TlsStream<DuplexStream>, HandshakeError>, io::Result<ServerStream>) {
+) -> (Result<ClientStream<DuplexStream>, HandshakeError>, io::Result<ServerStream<DuplexStream>>) {
     let (near, far) = duplex(64 * 1024);
     let acceptor = server.acceptor(Alpn::Http).unwrap();
     tokio::join!(client.connect(host, near), acceptor.accept(far))
