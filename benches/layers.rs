@@ -2,7 +2,8 @@
 //!
 //! One connection on loopback, bulk one way, both ends in this process: first plain TCP, then one layer more each time,
 //! up to a channel of a mux over a link over two carriers that a hub in its own process relays. The last two layers
-//! are measured with and without the link. Repetitions are interleaved; the figures are medians. CPU time is user and
+//! are measured with the link, without it, and with a link that never limits what is on the way: without the link
+//! nothing does so, and the short queue of the second kind costs wake-ups, which is another price than the link's. Repetitions are interleaved; the figures are medians. CPU time is user and
 //! system of this process, the load's ends included, and of the hub, from `/proc`. Allocations and system calls are
 //! not counted here: a counting allocator would need `unsafe`; `strace -c -f` and valgrind tell them.
 
@@ -55,16 +56,18 @@ const RECEIVE_WINDOW: u32 = 32 * 1024 * 1024;
 /// For the device to come online and the stream to be opened.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const LAYERS: [(&str, Layer); 9] = [
+const LAYERS: [(&str, Layer); 11] = [
     ("TCP", Layer::Tcp),
     ("+ TLS", Layer::Tls),
     ("+ WebSocket (carrier)", Layer::Carrier),
     ("+ link", Layer::Link),
-    ("+ mux", Layer::Mux { link: true }),
-    ("+ mux, without link", Layer::Mux { link: false }),
+    ("+ mux", Layer::Mux(Link::Default)),
+    ("+ mux, link without limit", Layer::Mux(Link::Unlimited)),
+    ("+ mux, without link", Layer::Mux(Link::None)),
     ("hub between two carriers", Layer::Hub),
-    ("hub, link and mux", Layer::HubMux { link: true }),
-    ("hub and mux, without link", Layer::HubMux { link: false }),
+    ("hub, link and mux", Layer::HubMux(Link::Default)),
+    ("hub, link without limit and mux", Layer::HubMux(Link::Unlimited)),
+    ("hub and mux, without link", Layer::HubMux(Link::None)),
 ];
 
 #[derive(Clone, Copy, PartialEq)]
@@ -73,9 +76,17 @@ enum Layer {
     Tls,
     Carrier,
     Link,
-    Mux { link: bool },
+    Mux(Link),
     Hub,
-    HubMux { link: bool },
+    HubMux(Link),
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Link {
+    None,
+    Default,
+    /// Its window is the largest from the start.
+    Unlimited,
 }
 
 /// A byte stream's two ends, with whatever must live as long.
@@ -156,9 +167,9 @@ async fn ends(layer: Layer) -> anyhow::Result<Ends> {
         Layer::Tls => tls().await,
         Layer::Carrier => carriers().await,
         Layer::Link => with_link(carriers().await?).await,
-        Layer::Mux { link } => with_mux(carriers().await?, link).await,
+        Layer::Mux(link) => with_mux(carriers().await?, link).await,
         Layer::Hub => through_hub().await,
-        Layer::HubMux { link } => with_mux(through_hub().await?, link).await,
+        Layer::HubMux(link) => with_mux(through_hub().await?, link).await,
     }
 }
 
@@ -228,14 +239,17 @@ async fn request_key(io: &mut (impl AsyncRead + Unpin)) -> anyhow::Result<String
 }
 
 /// A session of both daemons over a byte stream.
-async fn sessions(ends: Ends, link: bool) -> anyhow::Result<(Session, Session, Keep)> {
+async fn sessions(ends: Ends, link: Link) -> anyhow::Result<(Session, Session, Keep)> {
     let local = |number| LocalHello {
         instance: InstanceId([number; 16]),
         boot: BootId([number; 16]),
         max_channels: 4096,
         receive_window: RECEIVE_WINDOW,
-        resume_for: if link { Duration::from_secs(900) } else { Duration::ZERO },
-        links: LinkSettings::default(),
+        resume_for: if link == Link::None { Duration::ZERO } else { Duration::from_secs(900) },
+        links: match link {
+            Link::Unlimited => LinkSettings { initial_window: RECEIVE_WINDOW as usize, ..LinkSettings::default() },
+            _ => LinkSettings::default(),
+        },
     };
     let (service, device) = (local(1), local(2));
     let no_links = |_: &LinkId| -> Option<LinkControl> { None };
@@ -245,11 +259,11 @@ async fn sessions(ends: Ends, link: bool) -> anyhow::Result<(Session, Session, K
 }
 
 async fn with_link(below: Ends) -> anyhow::Result<Ends> {
-    let (near, far, keep) = sessions(below, true).await?;
+    let (near, far, keep) = sessions(below, Link::Default).await?;
     Ok(Ends { writer: Box::new(near.io), reader: Box::new(far.io), keep })
 }
 
-async fn with_mux(below: Ends, link: bool) -> anyhow::Result<Ends> {
+async fn with_mux(below: Ends, link: Link) -> anyhow::Result<Ends> {
     let (near, far, mut keep) = sessions(below, link).await?;
     let (near, _, driver) = mux::start(near.io, MuxOptions::new(Role::Client));
     let (_, mut incoming, other) = mux::start(far.io, MuxOptions::new(Role::Server));
@@ -317,8 +331,10 @@ fn print(all: &[Vec<Figures>]) {
         println!("| {name} | {speed:.0} | {:.2} |", median(figures.iter().map(|figure| figure.cpu_per_gigabyte)));
     }
     for (what, with, without) in [
-        ("the link, below the mux", Layer::Mux { link: true }, Layer::Mux { link: false }),
-        ("the link, through the hub", Layer::HubMux { link: true }, Layer::HubMux { link: false }),
+        ("the link, below the mux", Layer::Mux(Link::Unlimited), Layer::Mux(Link::None)),
+        ("the link, through the hub", Layer::HubMux(Link::Unlimited), Layer::HubMux(Link::None)),
+        ("the link and its limit, below the mux", Layer::Mux(Link::Default), Layer::Mux(Link::None)),
+        ("the link and its limit, through the hub", Layer::HubMux(Link::Default), Layer::HubMux(Link::None)),
     ] {
         let find = |wanted| LAYERS.iter().zip(all).find(|((_, layer), _)| *layer == wanted).map(|(_, all)| all);
         let (Some(with), Some(without)) = (find(with), find(without)) else { continue };

@@ -3,7 +3,7 @@
 //! Owns the `Key=Value;...` syntax. Does not know files. Invariant: a value of [`ConnectionString`] names exactly
 //! one owner and one kind of credential, and printing it shows no secret.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 use super::key::{KeyError, decode_key, encode_key};
 use crate::base::{IdError, Identity, Name, Secret};
@@ -99,14 +99,14 @@ impl ConnectionString {
             Credential::X509 => text.push_str(";x509=true"),
         }
         if let Some(gateway) = &self.gateway {
-            text.push_str(&format!(";GatewayHostName={gateway}"));
+            text.push_str(&format!(";GatewayHostName={}", bracketed(gateway)));
         }
         Secret::new(text)
     }
 
     fn public_parts(&self) -> String {
         let port = if self.port == DEFAULT_PORT { String::new() } else { format!(":{}", self.port) };
-        let host = format!("HostName={}{port}", self.host);
+        let host = format!("HostName={}{port}", bracketed(&self.host));
         match &self.owner {
             Owner::Policy(policy) => format!("{host};SharedAccessKeyName={policy}"),
             Owner::Device(Identity { device, module: None }) => format!("{host};DeviceId={device}"),
@@ -207,6 +207,9 @@ fn split_host(text: &str) -> Result<(String, u16), ConnectionStringError> {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let (host, after) = rest.split_once(']').ok_or_else(bad)?;
+            if host.parse::<Ipv6Addr>().is_err() || !(after.is_empty() || after.starts_with(':')) {
+                return Err(bad());
+            }
             (host, after.strip_prefix(':'))
         }
         None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
@@ -217,6 +220,11 @@ fn split_host(text: &str) -> Result<(String, u16), ConnectionStringError> {
     }
     let port = port.map_or(Ok(DEFAULT_PORT), |port| port.parse().map_err(|_| bad()))?;
     Ok((host.to_owned(), port))
+}
+
+/// A host as [`split_host`] understands it again.
+fn bracketed(host: &str) -> String {
+    if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }
 
 /// Any bytes as a connection string: it is refused, or its text has the same meaning again. For fuzzers.
@@ -248,6 +256,15 @@ mod tests {
         let policy: ConnectionString =
             format!("HostName=h:8443;SharedAccessKeyName=service;SharedAccessKey={KEY}\n").parse().unwrap();
         assert_eq!((policy.port, &policy.owner), (8443, &Owner::Policy("service".parse().unwrap())));
+        let address: ConnectionString = "HostName=[::1]:8443;DeviceId=d;x509=true".parse().unwrap();
+        assert_eq!(
+            (address.host.as_str(), address.port, address.to_string()),
+            ("::1", 8443, "HostName=[::1]:8443;DeviceId=d".into())
+        );
+        for host in ["[h:]x", "[::1]x", "[::1", "::1", "[::1]:", "[]"] {
+            let text = format!("HostName={host};DeviceId=d;x509=true");
+            assert_eq!(text.parse::<ConnectionString>(), Err(ConnectionStringError::Host), "{host}");
+        }
         let x509: ConnectionString = "HostName=h;DeviceId=d;x509=true".parse().unwrap();
         assert_eq!(x509.credential, Credential::X509);
     }

@@ -107,6 +107,7 @@ impl Device {
             links: LinkSettings {
                 budget: ReplayBudget::new(limits.link.max_replay_total, limits.link.max_replay),
                 metrics: links,
+                ..LinkSettings::default()
             },
         };
         let settings = Settings { hello, limits: limits.link.clone(), max_services: limits.max_services };

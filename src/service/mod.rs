@@ -110,6 +110,7 @@ impl Service {
             links: LinkSettings {
                 budget: ReplayBudget::new(limits.max_replay_total, limits.max_replay),
                 metrics: links,
+                ..LinkSettings::default()
             },
         };
         let (stop, network_stop) = (CancellationToken::new(), CancellationToken::new());

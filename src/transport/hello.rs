@@ -25,7 +25,7 @@ use crate::{
             Features, HelloFault, Message, NewLink, PREFIX, Resume, ResumeAnswer, ResumeError, ResumeOffer, Side,
             VERSION, message_length,
         },
-        link::{AttachError, EndReason, INITIAL_WINDOW, Options, Violation},
+        link::{AttachError, EndReason, Options, Violation},
     },
 };
 
@@ -351,7 +351,7 @@ impl LocalHello {
         let options = Options {
             receive_window: self.receive_window,
             peer_window: side.receive_window,
-            initial_window: INITIAL_WINDOW,
+            initial_window: self.links.initial_window,
             max_window: self.links.budget.per_link(),
             resume_for: self.resume_for.min(theirs),
         };
@@ -429,6 +429,13 @@ impl AsyncRead for SessionIo {
 impl Tunnel for BoxedCarrier {}
 
 impl Tunnel for SessionIo {
+    fn turn(&self) -> usize {
+        match self {
+            Self::Link(link) => link.turn(),
+            Self::Bare(carrier) => carrier.turn(),
+        }
+    }
+
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Link(link) => Pin::new(link).poll_write_turn(cx, bytes),

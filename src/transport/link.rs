@@ -41,7 +41,7 @@ use super::mux::Tunnel;
 pub use crate::proto::{hello::LinkId, link::EndReason};
 use crate::{
     base::Secret,
-    proto::link::{AttachError, Core, Options, Positions},
+    proto::link::{AttachError, Core, INITIAL_WINDOW, Options, Positions},
 };
 
 /// What a link runs over: one mortal connection through the hub.
@@ -52,12 +52,21 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> CarrierIo for T {}
 pub type BoxedCarrier = Box<dyn CarrierIo>;
 
 /// What all links of a process share: the bound on replay memory, and the metrics.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct LinkSettings {
+    /// What a link's replay window starts with, in bytes; no less than what a local network needs, or it would limit.
+    pub initial_window: usize,
     /// Bound over the replay buffers of all links.
     pub budget: ReplayBudget,
     /// Counters of all links.
     pub metrics: LinkMetrics,
+}
+
+impl Default for LinkSettings {
+    fn default() -> Self {
+        let (budget, metrics) = (ReplayBudget::default(), LinkMetrics::default());
+        Self { initial_window: INITIAL_WINDOW, budget, metrics }
+    }
 }
 
 /// Why a link has no carrier.
@@ -198,6 +207,11 @@ impl AsyncRead for Link {
 }
 
 impl Tunnel for Link {
+    /// What two milliseconds carry.
+    fn turn(&self) -> usize {
+        self.shared.driver().core.frame_size()
+    }
+
     /// A turn of bulk becomes a frame as it is, without a copy.
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         self.shared.wakers.writer.register(cx.waker());

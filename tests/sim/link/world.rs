@@ -280,8 +280,12 @@ impl World {
             false => (&mut self.device, &mut self.down),
         };
         if !model.finished {
-            let bytes: Vec<u8> = (model.written..model.written + limit as u64).map(|at| model.byte(at)).collect();
-            model.written += core.write(&bytes) as u64;
+            // Now and then a block that is kept as it is, if there is room.
+            let block = self.chance.one_in(64);
+            let length = if block { MAX_PAYLOAD - limit / 8 } else { limit };
+            let mut bytes: BytesMut = (model.written..model.written + length as u64).map(|at| model.byte(at)).collect();
+            let taken = if block { core.write_block(&mut bytes) } else { core.write(&bytes) };
+            model.written += taken as u64;
         }
         if flush {
             core.flush();
