@@ -116,19 +116,45 @@ pub(crate) fn ssh(target: SocketAddr) -> io::Result<Peer> {
     Ok(Peer { near, processes, _folder: folder })
 }
 
+/// bore, from the crate registry (`cargo install bore-cli`): one hop without encryption, a connection each.
+pub(crate) fn bore(target: SocketAddr) -> io::Result<Peer> {
+    // Its server's own port is fixed.
+    let server = SocketAddr::from(([127, 0, 0, 1], 7835));
+    let (folder, near) = (Folder::new("bore")?, free()?);
+    let mut processes = Processes::default();
+    let mut command = Command::new("bore");
+    processes.0.push(start(command.args(["server", "--bind-addr", "127.0.0.1"]), &folder, "server")?);
+    wait_for(server, &mut processes)?;
+    let mut command = Command::new("bore");
+    command.args(["local", &target.port().to_string(), "--to", "127.0.0.1", "--port", &near.port().to_string()]);
+    processes.0.push(start(&mut command, &folder, "local")?);
+    wait_for(near, &mut processes)?;
+    Ok(Peer { near, processes, _folder: folder })
+}
+
 /// Hub, device and service, each with the configuration that a person would write.
 pub(crate) fn culvert(target: SocketAddr) -> io::Result<Peer> {
+    culvert_with(target, 4096)
+}
+
+/// The same, for so many connections at once.
+pub(crate) fn culvert_with(target: SocketAddr, connections: usize) -> io::Result<Peer> {
     let (hub, mut processes) = Hub::start()?;
     let near = free()?;
     let folder = &hub.folder;
     write(
         folder,
         "device.toml",
-        &format!("{}\n[[target]]\nname = \"load\"\naddress = \"{target}\"\n", hub.common("device")),
+        &format!(
+            "{}\n[limits]\nmax_connections = {connections}\nmax_channels = {connections}\n\
+             [[target]]\nname = \"load\"\naddress = \"{target}\"\nmax_connections = {connections}\n",
+            hub.common("device")
+        ),
     )?;
     let forward = format!(
-        "\n[[forward]]\nname = \"load\"\nlisten = \"{near}\"\ndevice = \"{DEVICE}\"\ntarget = \"load\"\n\
-         max_connections = 4096\n"
+        "\n[limits]\nmax_connections = {connections}\nmax_connections_per_device = {connections}\n\
+         max_channels = {connections}\n[[forward]]\nname = \"load\"\nlisten = \"{near}\"\ndevice = \"{DEVICE}\"\ntarget = \"load\"\n\
+         max_connections = {connections}\n"
     );
     write(folder, "service.toml", &(hub.common("service") + &forward))?;
     for role in ["device", "service"] {

@@ -165,9 +165,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
                 Poll::Pending => break,
             }
         }
-        match self.decoder.strip(buffer, HEADROOM..end) {
-            Ok(payload) => pipe.frame(payload),
-            Err(violation) => self.ended = Some(Ended::Violated(violation)),
+        let (payload, outcome) = self.decoder.strip(buffer, HEADROOM..end);
+        pipe.frame(payload);
+        if let Err(violation) = outcome {
+            self.ended = Some(Ended::Violated(violation));
         }
         if let Some(close) = self.decoder.close() {
             self.ended = Some(Ended::Closed(close.clone()));
@@ -249,7 +250,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
             buffer[..taken].copy_from_slice(&early[..taken]);
             let read = if taken > 0 { Ok(taken) } else { self.io.read(&mut buffer).await };
             let Ok(1..) = read else { return };
-            if self.decoder.strip(&mut buffer, 0..read.unwrap_or_default()).is_err() {
+            if self.decoder.strip(&mut buffer, 0..read.unwrap_or_default()).1.is_err() {
                 return;
             }
         }

@@ -109,23 +109,26 @@ impl Decoder {
     }
 
     /// Takes the bytes in `read` and gathers their payload, unmasked, in one piece within the same bytes. Returns
-    /// where it is. After a Close nothing more is taken.
-    pub fn strip(&mut self, buffer: &mut [u8], read: Range<usize>) -> Result<Range<usize>, Violation> {
-        let mut at = read.start;
+    /// where it is, and how it went on: what came before a violation is payload like any other. After a Close nothing
+    /// more is taken.
+    pub fn strip(&mut self, buffer: &mut [u8], read: Range<usize>) -> (Range<usize>, Result<(), Violation>) {
+        let (mut at, mut outcome) = (read.start, Ok(()));
         let mut payload: Option<Range<usize>> = None;
-        while at < read.end && self.close.is_none() {
+        while at < read.end && self.close.is_none() && outcome.is_ok() {
             let left = self.payload_left().min((read.end - at) as u64) as usize;
             if left > 0 {
-                self.take_payload(&mut buffer[at..at + left])?;
-                payload = Some(append(buffer, payload, at..at + left));
+                outcome = self.take_payload(&mut buffer[at..at + left]);
+                if outcome.is_ok() {
+                    payload = Some(append(buffer, payload, at..at + left));
+                }
                 at += left;
             } else {
                 let wanted = self.wanted().min(read.end - at);
-                self.take_framing(&buffer[at..at + wanted])?;
+                outcome = self.take_framing(&buffer[at..at + wanted]);
                 at += wanted;
             }
         }
-        Ok(payload.unwrap_or(read.start..read.start))
+        (payload.unwrap_or(read.start..read.start), outcome)
     }
 
     /// Bytes of data that come next; what comes after them is framing.

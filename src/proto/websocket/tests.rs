@@ -26,7 +26,8 @@ fn strip_in_pieces(bytes: &[u8], piece: usize) -> Result<(Vec<u8>, Decoder), Vio
     let (mut decoder, mut out) = (Decoder::new(End::Client), Vec::new());
     for chunk in bytes.chunks(piece) {
         let mut buffer = [vec![0; SERVER_HEADROOM], chunk.to_vec()].concat();
-        let range = decoder.strip(&mut buffer, SERVER_HEADROOM..SERVER_HEADROOM + chunk.len())?;
+        let (range, outcome) = decoder.strip(&mut buffer, SERVER_HEADROOM..SERVER_HEADROOM + chunk.len());
+        outcome?;
         out.extend_from_slice(&buffer[range]);
     }
     Ok((out, decoder))
