@@ -19,9 +19,9 @@ const MIN_KEPT: usize = MAX_PAYLOAD - 4 * 1024;
 /// What a chunk costs beside its bytes: its entry in the queue and its share of the allocator's book-keeping.
 pub(super) const CHUNK_COST: usize = 64;
 
-/// Free blocks kept for the next writes while bytes flow: four full frames, so that a bulk flow neither allocates nor
-/// faults pages in for each frame.
-const MAX_SPARE: usize = 4;
+/// Free blocks kept for the next writes while bytes flow: what one acknowledgement frees on a fast local path, so that
+/// a bulk flow neither allocates nor faults pages in for each frame. Given back a second after the last byte.
+const MAX_SPARE: usize = 16;
 
 /// The replay buffer.
 #[derive(Debug)]
