@@ -633,7 +633,8 @@ impl Core {
         let next = self.outbox.next();
         let alone = clear && self.window.samples(now);
         // Each answer is a message through three daemons: no more of them than keep the path full.
-        let asking = alone || next - self.asked_at.min(next) >= limit / 2;
+        let half = on_the_way >= limit / 2 && next - self.asked_at.min(next) >= limit / 2;
+        let asking = alone || half;
         if asking {
             self.asked_at = next;
         }

@@ -251,7 +251,7 @@ fn micros(time: Duration) -> u64 {
 
 /// Bytes at so many per second in so many microseconds.
 fn carried(rate: u64, micros: u64) -> u64 {
-    u64::try_from(u128::from(rate) * u128::from(micros) / 1_000_000).unwrap_or(u64::MAX)
+    (rate / 1000).saturating_mul(micros) / 1000
 }
 
 #[cfg(test)]
