@@ -50,6 +50,9 @@ const CONFIGURED_RETRY: Duration = Duration::from_secs(30);
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// ... until its own pings come as often.
 const LAST_LOOK: Duration = Duration::from_secs(15);
+/// What was published so shortly before the hub was last heard may have been on its way when the hub spoke: the hub
+/// may have said goodbye, because a login of ours that was given up took the session over. A slow round trip.
+const UNREAD: Duration = Duration::from_secs(2);
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
 const MAX_WAITING: usize = 64;
 
@@ -320,13 +323,13 @@ impl Keeper {
         }
     }
 
-    /// What was published since the hub was last heard is published again on the next session: an answer to a request
-    /// that is settled and a notice of a leg that is gone change nothing.
+    /// What the hub may not have read is published again on the next session: an answer to a request that is settled and
+    /// a notice of a leg that is gone change nothing.
     fn drop_session(&mut self) {
         let Some(old) = self.session.take() else { return };
         let heard = Instant::now().checked_sub(old.monitor().silent_for());
         for (at, topic) in std::mem::take(&mut self.published) {
-            if heard.is_none_or(|heard| at >= heard) {
+            if heard.is_none_or(|heard| at + UNREAD >= heard) {
                 self.keep_for_later(topic);
             }
         }

@@ -225,7 +225,7 @@ impl Window {
         let trip = self.trip.of(u64::midpoint).unwrap_or(0);
         if limited {
             self.rate_age += time;
-            if self.rate_age >= RATE_PERIOD.max(Duration::from_micros(10 * trip)) {
+            if self.rate_age >= RATE_PERIOD.max(Duration::from_micros(trip.saturating_mul(10))) {
                 self.rate_age = Duration::ZERO;
                 self.rate.next_period();
             }
