@@ -329,7 +329,7 @@ impl Keeper {
         let Some(old) = self.session.take() else { return };
         let heard = Instant::now().checked_sub(old.monitor().silent_for());
         for (at, topic) in std::mem::take(&mut self.published) {
-            if heard.is_none_or(|heard| at + UNREAD >= heard) {
+            if may_be_unread(at, heard) {
                 self.keep_for_later(topic);
             }
         }
@@ -411,6 +411,11 @@ impl Keeper {
         }
         self.waiting.push_back(topic);
     }
+}
+
+/// True if the hub, last heard at that time, may not have read what was published then.
+fn may_be_unread(published: Instant, heard: Option<Instant>) -> bool {
+    heard.is_none_or(|heard| published + UNREAD >= heard)
 }
 
 async fn next_request(session: &mut Option<ControlSession>) -> Result<StreamRequest, SessionError> {
@@ -543,6 +548,14 @@ mod tests {
         keeper.apply(Action::Publish(crate::proto::control::lost_topic("abc")));
         keeper.apply(Action::Look);
         assert!(keeper.look.is_none(), "another carrier came");
+    }
+
+    #[test]
+    fn a_goodbye_is_no_sign_that_what_crossed_it_was_read() {
+        let published = Instant::now();
+        assert!(may_be_unread(published, Some(published + Duration::from_millis(30))), "they crossed");
+        assert!(!may_be_unread(published, Some(published + Duration::from_secs(3))));
+        assert!(may_be_unread(published, None));
     }
 
     #[tokio::test(start_paused = true)]
