@@ -429,13 +429,6 @@ impl AsyncRead for SessionIo {
 impl Tunnel for BoxedCarrier {}
 
 impl Tunnel for SessionIo {
-    fn turn(&self) -> usize {
-        match self {
-            Self::Link(link) => link.turn(),
-            Self::Bare(carrier) => carrier.turn(),
-        }
-    }
-
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Link(link) => Pin::new(link).poll_write_turn(cx, bytes),

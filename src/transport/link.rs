@@ -207,11 +207,6 @@ impl AsyncRead for Link {
 }
 
 impl Tunnel for Link {
-    /// What two milliseconds carry.
-    fn turn(&self) -> usize {
-        self.shared.driver().core.frame_size()
-    }
-
     /// A turn of bulk becomes a frame as it is, without a copy.
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         self.shared.wakers.writer.register(cx.waker());

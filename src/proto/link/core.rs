@@ -13,9 +13,12 @@ use super::{
     frame::{ANSWER_AT_ONCE, Frame, HEAD, Head, Kind, MAX_PAYLOAD, MAX_REASON},
     inbox::Inbox,
     outbox::{CHUNK_COST, Outbox},
-    pace::Acks,
-    window::Window,
+    pace::{Acks, Window},
 };
+
+/// Unsent bytes that are accepted from the application: one frame being filled. The rest waits in the mux, where it can
+/// be ordered.
+const MAX_UNSENT: u64 = MAX_PAYLOAD as u64;
 
 /// A link from whose other side no frame ever came lives this long without a carrier: the answer to its first hello may
 /// have been lost, and then nobody will ever resume it.
@@ -188,18 +191,12 @@ impl Core {
         if self.ended.is_some() || self.fin.written {
             return 0;
         }
-        let unsent = self.frame_size().saturating_sub((self.outbox.end() - self.outbox.next()) as usize);
+        let unsent = MAX_UNSENT.saturating_sub(self.outbox.end() - self.outbox.next()) as usize;
         #[cfg(test)]
         if self.fault == Some(super::Fault::UnboundedReplay) {
             return unsent;
         }
         unsent.min(self.window.size().saturating_sub(self.outbox.held() + 2 * CHUNK_COST))
-    }
-
-    /// Bytes of a full frame at present. No more are accepted before they are sent: the rest waits in the mux, where it
-    /// can be ordered.
-    pub fn frame_size(&self) -> usize {
-        usize::try_from(self.window.frame()).unwrap_or(MAX_PAYLOAD).min(MAX_PAYLOAD)
     }
 
     /// Takes bytes to send, as many as there is room for. They may wait for a full frame until [`flush`](Self::flush).
@@ -246,9 +243,7 @@ impl Core {
     /// True if a frame is worth sending: bytes were flushed, or fill a frame, or fill the window so that no more come.
     pub fn unsent(&self) -> bool {
         let unsent = self.outbox.end() - self.outbox.next();
-        let full = self.outbox.has_frame()
-            || unsent >= self.frame_size() as u64
-            || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
+        let full = self.outbox.has_frame() || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
         unsent > 0 && (full || self.outbox.next() < self.flush_to)
     }
 
@@ -620,30 +615,25 @@ impl Core {
         if !self.unsent() {
             return None;
         }
-        let on_the_way = self.outbox.next() - self.peer_consumed.min(self.outbox.next());
-        let limit = self.window.limit(now).min(u64::from(self.options.peer_window));
-        if on_the_way > 0 && on_the_way >= limit {
-            self.window.limits();
-            return None;
-        }
-        let clear = on_the_way == 0 || self.window.wants_pause(now);
-        let credit = u64::from(self.options.peer_window) - on_the_way;
-        let most = usize::try_from(credit).unwrap_or(usize::MAX).min(self.frame_size());
-        let (position, payload) = self.outbox.next_frame(most)?;
-        let next = self.outbox.next();
-        let alone = clear && self.window.samples(now);
-        // Each answer is a message through three daemons: no more of them than keep the path full.
-        let half = on_the_way >= limit / 2 && next - self.asked_at.min(next) >= limit / 2;
-        let asking = alone || half;
+        let credit = (self.peer_consumed + u64::from(self.options.peer_window)).saturating_sub(self.outbox.next());
+        let limit = usize::try_from(credit).unwrap_or(usize::MAX);
+        let alone = self.outbox.next() == self.peer_consumed;
+        let (position, payload) = self.outbox.next_frame(limit.min(MAX_PAYLOAD))?;
+        let cramped = self.outbox.held() + MAX_PAYLOAD > self.window.size() || limit - payload.len() < MAX_PAYLOAD;
+        let due = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.half_window();
+        let asking = due || (alone && self.window.samples(now));
         if asking {
-            self.asked_at = next;
+            self.asked_at = self.outbox.next();
         }
-        self.window.sent(now, next, self.peer_consumed, asking, alone);
-        if self.outbox.held() + MAX_PAYLOAD > self.window.size() {
-            self.window.limits();
-        }
+        self.window.sent(now, self.outbox.next(), self.peer_consumed);
         let flags = if asking { ANSWER_AT_ONCE } else { 0 };
         Some(self.frame(now, Kind::Data, flags, position, payload))
+    }
+
+    /// How much is sent between two requests for an immediate answer: the window is twice what the path holds, so the
+    /// answer comes before it is full, and each answer is a message through three daemons.
+    fn half_window(&self) -> u64 {
+        (self.window.size() as u64).min(u64::from(self.options.peer_window)) / 2
     }
 
     fn fin_frame(&mut self, now: Instant) -> Option<Frame> {

@@ -42,11 +42,10 @@
 //! only received would freeze both directions when one reader sits still, because the acknowledgements of one direction
 //! would wait behind unread data of the other.
 //!
-//! The sender bounds its own memory by a *window* that grows from 256 KiB with the rate and round trip of the path, and
-//! what is on the way by a *limit* that follows both up and down (`window.rs`). Unsent bytes are few (one frame, which
-//! takes 2 ms at most): bytes wait in the mux, where they can be ordered. A sender sets the flag "answer at once" twice
-//! per limit, and now and then on a frame with nothing in its way, to see the round trip; otherwise acknowledgements
-//! ride on data, or follow after 64 KiB or 100 ms.
+//! The sender bounds its own memory by a *window* that grows from 256 KiB with the rate and round trip of the path.
+//! Unsent bytes are few (one frame): bytes wait in the mux, where they can be ordered. A sender about to fill its
+//! window sets the flag "answer at once", and now and then one that sends a frame with nothing else on the way, to see
+//! the round trip; otherwise acknowledgements ride on data, or follow after 64 KiB or 100 ms.
 //!
 //! On a new carrier each side has heard from the hello what the other *received* and *consumed*. It forgets what was
 //! consumed and sends again from what was received. That may be a little old (the former carrier went on while the hello
@@ -76,7 +75,6 @@ mod fuzz;
 mod inbox;
 mod outbox;
 mod pace;
-mod window;
 
 #[cfg(test)]
 #[path = "../../../tests/sim/link/mod.rs"]

@@ -1,9 +1,22 @@
-//! When to acknowledge.
+//! How much may be on the way, and when to acknowledge.
 //!
-//! Owns the timing of acknowledgements. Does not know bytes or frames. Invariant: an acknowledgement that is owed has a
-//! deadline.
+//! Owns the growth of the replay window and the timing of acknowledgements. Does not know bytes or frames.
+//! Invariant: the window never shrinks while a carrier is attached and never exceeds its ceiling; an acknowledgement
+//! that is owed has a deadline.
 
 use std::time::{Duration, Instant};
+
+/// Room for a receiver that is scheduled late: without it, a path of microseconds would get a window of nothing. Not
+/// more: what is on the way here is ahead of every keystroke, and what is not waits above, where it can be ordered.
+const SCHEDULING_SLACK: Duration = Duration::from_micros(300);
+
+/// The rate is measured over at least this long, or the window would follow every burst that a scheduler makes: it can
+/// only grow.
+const SPAN: Duration = Duration::from_millis(5);
+
+/// With nothing else on the way, a frame asks for an answer at once this often: the round trip of the path itself is
+/// seen only then.
+const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 
 /// An acknowledgement without data to ride on waits this long for some: longer than an echo takes on most paths, far
 /// shorter than the 5 s after which unanswered data make a carrier suspect.
@@ -17,6 +30,95 @@ const ACK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// ... so much is consumed (half of the ceiling's smallest common value would already be late).
 const ACK_SURELY_AFTER: u64 = 512 * 1024;
+
+/// The size of the replay window: it starts small and grows with what the path carries, delivery rate times the
+/// smallest round trip (not the one that our own queue has lengthened), twice.
+#[derive(Debug)]
+pub(super) struct Window {
+    size: usize,
+    ceiling: usize,
+    probe: Option<Probe>,
+    span: Option<Span>,
+    min_round_trip: Duration,
+    sampled: Option<Instant>,
+}
+
+/// A frame whose acknowledgement tells the round trip.
+#[derive(Debug)]
+struct Probe {
+    position: u64,
+    sent_at: Instant,
+}
+
+/// What was acknowledged when: the beginning of a measurement of the rate.
+#[derive(Debug)]
+struct Span {
+    since: Instant,
+    acknowledged: u64,
+}
+
+impl Window {
+    pub(super) fn new(initial: usize, ceiling: usize) -> Self {
+        let size = initial.min(ceiling);
+        Self { size, ceiling, probe: None, span: None, min_round_trip: Duration::MAX, sampled: None }
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// A new carrier is a new path.
+    pub(super) fn attached(&mut self) {
+        (self.probe, self.span, self.sampled) = (None, None, None);
+        self.min_round_trip = Duration::MAX;
+    }
+
+    /// A frame is about to be sent with nothing else on the way: whether it shall ask for an answer at once.
+    pub(super) fn samples(&mut self, now: Instant) -> bool {
+        let due = self.sampled.is_none_or(|at| now.saturating_duration_since(at) >= SAMPLE_EVERY);
+        if due {
+            self.sampled = Some(now);
+        }
+        due
+    }
+
+    /// A frame was sent that ends at `position`.
+    pub(super) fn sent(&mut self, now: Instant, position: u64, acknowledged: u64) {
+        self.probe.get_or_insert(Probe { position, sent_at: now });
+        self.span.get_or_insert(Span { since: now, acknowledged });
+    }
+
+    /// The other side has consumed up to `position`; `all` that was sent, if so.
+    pub(super) fn acknowledged(&mut self, now: Instant, position: u64, all: bool) {
+        if let Some(probe) = self.probe.take_if(|probe| probe.position <= position) {
+            let round_trip = now.saturating_duration_since(probe.sent_at).max(Duration::from_micros(1));
+            self.min_round_trip = self.min_round_trip.min(round_trip);
+        }
+        let least = self.min_round_trip.max(SPAN);
+        let measured = self.span.take_if(|span| now.saturating_duration_since(span.since) >= least);
+        if let Some(span) = measured {
+            self.follow(position.saturating_sub(span.acknowledged), now.saturating_duration_since(span.since));
+            self.span = Some(Span { since: now, acknowledged: position });
+        }
+        if all {
+            // What comes next may come much later.
+            self.span = None;
+        }
+    }
+
+    /// So much was delivered in this time.
+    fn follow(&mut self, delivered: u64, time: Duration) {
+        let horizon = (self.min_round_trip.saturating_add(SCHEDULING_SLACK)).as_micros();
+        let wanted = 2 * u128::from(delivered) * horizon / time.as_micros().max(1);
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(self.size.saturating_mul(4));
+        self.size = self.size.max(wanted.min(self.ceiling));
+    }
+
+    /// How long the oldest probe has waited.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        self.probe.as_ref().map(|probe| probe.sent_at)
+    }
+}
 
 /// When to acknowledge.
 #[derive(Debug)]
@@ -63,6 +165,68 @@ impl Acks {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const KIB: usize = 1024;
+
+    /// A path of `rate` bytes per second and `round_trip`, filled as far as the window allows.
+    fn settle(rate: f64, round_trip: Duration) -> usize {
+        let mut window = Window::new(256 * KIB, 32 * 1024 * KIB);
+        let (mut now, mut position) = (Instant::now(), 1);
+        window.sent(now, position, 0);
+        now += round_trip;
+        window.acknowledged(now, position, true);
+        for _ in 0..1000 {
+            window.sent(now, position + 1, position);
+            let takes = round_trip.max(Duration::from_secs_f64(window.size() as f64 / rate));
+            now += takes;
+            position += window.size() as u64;
+            window.acknowledged(now, position, false);
+        }
+        window.size()
+    }
+
+    #[test]
+    fn a_fast_long_path_gets_what_it_needs() {
+        let needed = 125_000_000.0 * 0.1;
+        assert!(settle(125_000_000.0, Duration::from_millis(100)) as f64 >= 1.5 * needed);
+        assert_eq!(settle(1e9, Duration::from_millis(100)), 32 * 1024 * KIB);
+    }
+
+    #[test]
+    fn a_slow_path_does_not_fill_memory_with_its_own_queue() {
+        assert!(settle(2_500_000.0, Duration::from_millis(50)) <= 280_000);
+        assert_eq!(settle(100_000.0, Duration::from_millis(300)), 256 * KIB);
+    }
+
+    #[test]
+    fn a_path_of_microseconds_gets_what_it_needs_and_no_queue() {
+        assert!(settle(450_000_000.0, Duration::from_micros(150)) <= 400 * KIB);
+        assert!(settle(2_000_000_000.0, Duration::from_micros(150)) >= 600 * KIB);
+    }
+
+    #[test]
+    fn a_burst_does_not_widen_the_window() {
+        let mut window = Window::new(256 * KIB, 32 * 1024 * KIB);
+        let start = Instant::now();
+        window.sent(start, 1, 0);
+        window.acknowledged(start + Duration::from_micros(100), 1, false);
+        // A quarter of a mebibyte in 50 us, and then nothing for long: 50 MB/s.
+        for turn in 1..100 {
+            let now = start + Duration::from_millis(5 * turn);
+            window.sent(now, turn * 256 * 1024, 0);
+            window.acknowledged(now + Duration::from_micros(50), turn * 256 * 1024, false);
+        }
+        assert_eq!(window.size(), 256 * KIB);
+    }
+
+    #[test]
+    fn the_round_trip_is_asked_for_when_nothing_else_is_on_the_way() {
+        let (mut window, start) = (Window::new(1, 1), Instant::now());
+        assert!(window.samples(start) && !window.samples(start + Duration::from_secs(9)));
+        assert!(window.samples(start + SAMPLE_EVERY));
+        window.attached();
+        assert!(window.samples(start + SAMPLE_EVERY), "another path");
+    }
 
     #[test]
     fn acknowledgements_ride_or_wait_a_little() {

@@ -89,4 +89,4 @@ pub use core::{Core, Event, Key, OpenRefusal, Options, Reading, Role, Writing};
 pub use frame::Violation;
 pub use fuzz::fuzz_yamux;
 pub use input::InputError;
-pub use output::{SHORTEST_TURN, TURN};
+pub use output::TURN;

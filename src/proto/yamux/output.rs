@@ -17,24 +17,14 @@ use super::schedule::Schedule;
 /// (65,483 bytes), which a full message of 65,536 bytes would exceed by a small second one.
 pub const TURN: usize = 65_536 - 256;
 
-/// The least output per turn: control frames fit, and data is worth its headers.
-pub const SHORTEST_TURN: usize = 4 * 1024;
-
 /// A data frame shorter than this is not begun at the end of a turn only to fill it.
 const WORTH_A_FRAME: usize = 2048;
 
 impl Core {
     /// Appends what should be sent, at most [`TURN`] bytes; false when there is nothing.
     pub fn poll_transmit(&mut self, now: Instant, out: &mut BytesMut) -> bool {
-        self.poll_transmit_turn(now, out, TURN)
-    }
-
-    /// Appends what should be sent, at most `turn` bytes, which is [`SHORTEST_TURN`] to [`TURN`]; false when there is
-    /// nothing.
-    pub fn poll_transmit_turn(&mut self, now: Instant, out: &mut BytesMut, turn: usize) -> bool {
         let start = out.len();
-        let turn = turn.clamp(SHORTEST_TURN, TURN);
-        let room = |out: &BytesMut| turn.saturating_sub(out.len() - start);
+        let room = |out: &BytesMut| TURN.saturating_sub(out.len() - start);
         while room(out) >= HEADER && self.transmit_control(now, out) {}
         while self.transmit_data(room(out), out) {}
         // What the data completed may be all that a closing mux waited for.

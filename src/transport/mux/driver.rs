@@ -45,12 +45,6 @@ pub enum MuxError {
 
 /// What a mux runs over.
 pub trait Tunnel: AsyncRead + AsyncWrite + Unpin {
-    /// Bytes of a turn that the tunnel takes without delay. A longer turn would only wait where it can no longer be
-    /// ordered.
-    fn turn(&self) -> usize {
-        TURN
-    }
-
     /// Writes from `bytes`, which is not empty: what it took is gone from the front. It may keep the memory instead of
     /// copying it, and leave other memory for the next turn.
     fn poll_write_turn(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
@@ -117,11 +111,10 @@ impl<T: Tunnel> MuxDriver<T> {
 
     /// Fills the output, or lets the driver be woken when there is something to fill it with.
     fn take_output(&mut self) {
-        let turn = self.io.turn();
         let mut state = self.shared.lock();
         if state.core.wants_transmit() {
             self.output.reserve(TURN);
-            state.core.poll_transmit_turn(Instant::now().into_std(), &mut self.output, turn);
+            state.core.poll_transmit(Instant::now().into_std(), &mut self.output);
         }
         state.idle = self.output.is_empty();
         self.shared.dispatch(state);
