@@ -1,7 +1,8 @@
 //! culvert beside plain relays and ssh, end to end: `cargo bench --bench e2e [-- --secs 3 --reps 3 --only NAME]`.
 //!
 //! Three tunnels of the same shape lead from a port of loopback to a target: three plain TCP relays, `ssh` over two
-//! encrypted hops, and culvert's service, hub and device; and `bore`, one hop without encryption, if it is installed. Each runs in processes of its own, with TLS (or ssh's
+//! encrypted hops, and culvert's service, hub and device; and `bore`, one hop without encryption, if it is installed.
+//! Each runs in processes of its own, with TLS (or ssh's
 //! AES-128-GCM) where it has it and with the configuration that a person would write. Repetitions are interleaved, so
 //! that what is compared was measured within the same minutes. The output is Markdown: medians over the repetitions,
 //! and the medians of the ratios within each repetition.

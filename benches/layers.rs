@@ -3,7 +3,8 @@
 //! One connection on loopback, bulk one way, both ends in this process: first plain TCP, then one layer more each time,
 //! up to a channel of a mux over a link over two carriers that a hub in its own process relays. The last two layers
 //! are measured with the link, without it, and with a link that never limits what is on the way: without the link
-//! nothing does so, and the short queue of the second kind costs wake-ups, which is another price than the link's. Repetitions are interleaved; the figures are medians. CPU time is user and
+//! nothing does so, and the short queue of the first kind costs wake-ups, which is another price than the link's.
+//! Repetitions are interleaved; the figures are medians. CPU time is user and
 //! system of this process, the load's ends included, and of the hub, from `/proc`. Allocations and system calls are
 //! not counted here: a counting allocator would need `unsafe`; `strace -c -f` and valgrind tell them.
 

@@ -523,6 +523,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_came_before_a_violation_is_delivered() {
+        let ((service, mut one), (device, mut other)) = (leg(1 << 20).await, leg(1 << 20).await);
+        one.feed(Message::binary("before")).await.unwrap();
+        one.flush().await.unwrap();
+        // A server may not get what is not masked.
+        one.get_mut().write_all(&[0x82, 1, b'x']).await.unwrap();
+        let mut relay = Relay::new(service, device, BufferPool::default(), counters());
+        assert_eq!(relay.run().await, Side::Service);
+        assert!(matches!(relay.service.ended(), Some(Ended::Violated(_))));
+        let goodbye = crate::proto::websocket::close(Some(1011), "", None);
+        let stall = Duration::from_secs(5);
+        let read = async { other.next().await.unwrap().unwrap() };
+        let finish = async { timeout(stall, relay.finish(Vec::new(), goodbye, stall)).await };
+        let (first, _) = tokio::join!(read, finish);
+        assert_eq!(first, Message::binary("before"));
+    }
+
+    #[tokio::test]
     async fn an_idle_direction_holds_no_buffer() {
         let ((service, mut one), (device, mut other)) = (leg(1 << 20).await, leg(1 << 20).await);
         let mut relay = Relay::new(service, device, BufferPool::default(), counters());

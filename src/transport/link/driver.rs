@@ -109,7 +109,8 @@ impl Driver {
 
     pub(super) fn poll_write_turn(&mut self, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         let now = self.begin(cx);
-        let polled = self.write_some(cx, now, bytes.len(), |core| core.write_block(bytes));
+        // A block that is kept counts with its memory.
+        let polled = self.write_some(cx, now, bytes.capacity(), |core| core.write_block(bytes));
         self.rest(cx);
         polled.map_ok(drop)
     }
@@ -255,7 +256,7 @@ impl Driver {
 
     // === writing ===
 
-    /// `write` gives the core some of `length` bytes, and says how many.
+    /// `write` gives the core some bytes, which take no more than `length`, and says how many.
     fn write_some(
         &mut self,
         cx: &mut Context<'_>,
