@@ -429,6 +429,13 @@ impl AsyncRead for SessionIo {
 impl Tunnel for BoxedCarrier {}
 
 impl Tunnel for SessionIo {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Link(link) => Pin::new(link).poll_turn(cx, turn),
+            Self::Bare(carrier) => Pin::new(carrier).poll_turn(cx, turn),
+        }
+    }
+
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Link(link) => Pin::new(link).poll_write_turn(cx, bytes),

@@ -207,6 +207,11 @@ impl AsyncRead for Link {
 }
 
 impl Tunnel for Link {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+        self.shared.wakers.writer.register(cx.waker());
+        self.poll(|driver, cx| driver.poll_turn(cx, turn))
+    }
+
     /// A turn of bulk becomes a frame as it is, without a copy.
     fn poll_write_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         self.shared.wakers.writer.register(cx.waker());

@@ -107,6 +107,26 @@ impl Driver {
         polled
     }
 
+    /// Waits until a turn of so many bytes would be taken at once.
+    pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+        let now = self.begin(cx);
+        for attempt in 0..2 {
+            if self.core.ended().is_some() {
+                return Poll::Ready(Err(self.end_error()));
+            }
+            if self.sending.is_none() && self.core.writable() >= turn {
+                return Poll::Ready(Ok(()));
+            }
+            if attempt == 0 {
+                self.core.flush();
+                self.pump_both(cx, now);
+            }
+        }
+        self.blocked = true;
+        self.rest(cx);
+        Poll::Pending
+    }
+
     pub(super) fn poll_write_turn(&mut self, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
         let now = self.begin(cx);
         // A block that is kept counts with its memory.

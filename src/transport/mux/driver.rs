@@ -45,6 +45,12 @@ pub enum MuxError {
 
 /// What a mux runs over.
 pub trait Tunnel: AsyncRead + AsyncWrite + Unpin {
+    /// Waits until it would take a turn of so many bytes: what is put into one before that cannot be overtaken any more.
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+        let _ = (cx, turn);
+        Poll::Ready(Ok(()))
+    }
+
     /// Writes from `bytes`, which is not empty: what it took is gone from the front. It may keep the memory instead of
     /// copying it, and leave other memory for the next turn.
     fn poll_write_turn(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
@@ -92,7 +98,9 @@ impl<T: Tunnel> MuxDriver<T> {
     /// Takes output from the core and gives it to the stream below.
     fn send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut progress = false;
-        if self.output.is_empty() {
+        if self.output.is_empty() && !self.is_idle() {
+            let Poll::Ready(ready) = Pin::new(&mut self.io).poll_turn(cx, TURN) else { return Ok(false) };
+            ready?;
             self.take_output();
         }
         while !self.output.is_empty() {
@@ -109,13 +117,18 @@ impl<T: Tunnel> MuxDriver<T> {
         Ok(progress)
     }
 
-    /// Fills the output, or lets the driver be woken when there is something to fill it with.
+    /// Whether there is nothing to send; then the driver is woken when there is.
+    fn is_idle(&self) -> bool {
+        let mut state = self.shared.lock();
+        state.idle = !state.core.wants_transmit();
+        state.idle
+    }
+
+    /// Fills the output with a turn.
     fn take_output(&mut self) {
         let mut state = self.shared.lock();
-        if state.core.wants_transmit() {
-            self.output.reserve(TURN);
-            state.core.poll_transmit(Instant::now().into_std(), &mut self.output);
-        }
+        self.output.reserve(TURN);
+        state.core.poll_transmit(Instant::now().into_std(), &mut self.output);
         state.idle = self.output.is_empty();
         self.shared.dispatch(state);
     }

@@ -1,9 +1,12 @@
 //! Stories of channels over a pipe.
 
 use std::io::ErrorKind;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Context;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -397,4 +400,63 @@ async fn a_thousand_channels_echo_and_leave_nothing_behind() {
     while let Some(ended) = pair.drivers.join_next().await {
         ended.unwrap().unwrap();
     }
+}
+
+/// A pipe that takes no turn until it is told to.
+struct Gate {
+    pipe: DuplexStream,
+    open: Arc<AtomicBool>,
+}
+
+impl Tunnel for Gate {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+        if self.open.load(Ordering::SeqCst) {
+            return Pin::new(&mut self.get_mut().pipe).poll_turn(cx, turn);
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl AsyncRead for Gate {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.pipe).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Gate {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.pipe).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.pipe).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.pipe).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test]
+async fn a_keystroke_overtakes_what_waits_for_the_tunnel() {
+    let ((pipe, mut far), open) = (duplex(1024 * 1024), Arc::new(AtomicBool::new(false)));
+    let (mux, _incoming, driver) = start(Gate { pipe, open: open.clone() }, MuxOptions::new(Role::Client));
+    let mut drivers = JoinSet::new();
+    drivers.spawn(driver);
+    let (mut bulk, mut shell) = (mux.open().await.unwrap(), mux.open().await.unwrap());
+    bulk.write_all(&noise(60_000)).await.unwrap();
+    // The driver has come round, and could have put the bulk into a turn.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    bulk.flush().await.unwrap();
+    shell.write_all(b"l").await.unwrap();
+    open.store(true, Ordering::SeqCst);
+    let mut heard = vec![0; 60_000];
+    far.read_exact(&mut heard).await.unwrap();
+    // A data frame of one byte on the second channel: version, type, flags, channel, length (yamux's specification).
+    let frame = [0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, b'l'];
+    let at = heard.windows(frame.len()).position(|bytes| bytes == frame);
+    assert!(at.is_some_and(|at| at < 40_000), "the keystroke came at {at:?}");
 }
