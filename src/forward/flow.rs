@@ -143,14 +143,14 @@ pub struct FlowOptions {
     pub received: IntCounter,
 }
 
-/// Joins a local socket with the far end until both directions have ended, either side fails, or `stop` resolves.
+/// Joins a local socket with the far end until both directions have ended, either side fails, or `stop` resolves. The
+/// drop of the local socket is a reset already: whoever got it has waited for the other side with it.
 pub async fn join<A: Abort, B: Abort>(
     local: A,
     far: B,
     options: FlowOptions,
     stop: impl Future<Output = ()>,
 ) -> FlowEnd {
-    local.arm(DropIsReset::Yes);
     let mut flow = Flow::new(local, far, options);
     let end = tokio::select! {
         // In this order, so that a flow that has its own reason to end says that one.
@@ -473,7 +473,7 @@ mod tests {
         fn new(capacity: usize) -> (Self, DuplexStream, Arc<AtomicBool>) {
             let (io, peer) = duplex(capacity);
             let aborted = Arc::new(AtomicBool::new(false));
-            (Self { io, armed: AtomicBool::new(false), aborted: aborted.clone() }, peer, aborted)
+            (Self { io, armed: AtomicBool::new(true), aborted: aborted.clone() }, peer, aborted)
         }
     }
 

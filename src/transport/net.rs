@@ -108,9 +108,9 @@ pub fn tolerate_pauses(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_tcp_user_timeout(None);
 }
 
-/// Sets the options of a socket between an application and a daemon.
-pub fn tune_flow(socket: &TcpStream) {
-    let options = SockRef::from(socket);
+/// Sets the options of a socket between an application and a daemon, or of the listening socket that hands them down:
+/// tcp(7) and socket(7) options are inherited on Linux, which saves five system calls per connection.
+fn tune_flow(options: &SockRef<'_>) {
     let _ = options.set_tcp_nodelay(true);
     let _ = options.set_tcp_keepalive(&keepalive(FLOW_KEEPALIVE));
 }

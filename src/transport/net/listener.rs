@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Protocol, Type};
+use socket2::{Domain, Protocol, SockRef, Type};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{Endpoint, Socket, tune_flow};
@@ -142,7 +142,9 @@ impl Listener {
         match &self.kind {
             Kind::Tcp(listener) => {
                 let (socket, peer) = listener.accept().await?;
-                tune_flow(&socket);
+                if cfg!(not(target_os = "linux")) {
+                    tune_flow(&SockRef::from(&socket));
+                }
                 Ok((Socket::Tcp(socket), Peer::Tcp(peer)))
             }
             Kind::Unix { listener, .. } => {
@@ -180,6 +182,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
+    tune_flow(&SockRef::from(&socket));
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
@@ -254,6 +257,16 @@ mod tests {
             near.read_to_string(&mut got).await.unwrap();
             assert_eq!(got, "questionanswer", "{endpoint}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_accepted_connection_has_the_options_of_its_listener() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap(), 0).await.unwrap();
+        let (_near, far) = joined(&listener).await;
+        let Socket::Tcp(far) = &far else { panic!("not TCP") };
+        let options = SockRef::from(far);
+        assert!(options.tcp_nodelay().unwrap() && options.keepalive().unwrap());
+        assert_eq!(options.tcp_keepalive_time().unwrap(), crate::transport::net::FLOW_KEEPALIVE);
     }
 
     #[tokio::test]
