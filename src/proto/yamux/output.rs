@@ -82,18 +82,21 @@ impl Core {
     /// Lets the window follow the rate of its reader, within what all windows together may have grown by.
     ///
     /// A window is a promise that cannot be taken back, so its growth is counted against the memory for received
-    /// data. Channels that could use more share it: what one has above its share it does not get again.
+    /// data. Channels that could use more share it: what one has above its share it does not get again, and one that
+    /// came later, when the queue of the others had made the path look long, gets as much as they have on average.
     fn grow_window(&mut self, now: Instant, slot: u32) {
         let minimum = self.round_trip.minimum();
         let budget = self.options.max_buffered / 4 * 3;
         let (grown, others) = (self.grown, self.want_growth);
         let max_window = self.options.max_window;
         let Some(channel) = self.channel_mut(slot).filter(|channel| !channel.settled) else { return };
-        let Some(desired) = channel.growth.desired(now, minimum) else {
+        let Some(desired) = channel.growth.desired(now, minimum, channel.window) else {
             return self.round_trip.want(now);
         };
-        let wants = desired > u64::from(INITIAL_WINDOW);
+        let wants = desired.busy || desired.window > u64::from(INITIAL_WINDOW);
         let others = others - usize::from(channel.wants_growth);
+        let average = if desired.busy { grown / (others + 1) } else { 0 } as u64;
+        let desired = desired.window.max(u64::from(INITIAL_WINDOW) + average);
         channel.wants_growth = wants;
         let share = budget / (others + 1);
         let above = (channel.window - INITIAL_WINDOW) as usize;

@@ -18,6 +18,10 @@ const PERIOD: Duration = Duration::from_secs(300);
 /// Shorter round trips count as this one: below it, what a window must cover is the time until tasks get their turn.
 const SHORTEST: Duration = Duration::from_micros(500);
 
+/// A reader that takes half of its window in so many round trips is held back by nothing else: that is as much as a
+/// queue of four times the path's own length.
+const BUSY_ROUND_TRIPS: u32 = 4;
+
 /// Measures the round trip.
 #[derive(Debug, Default)]
 pub(super) struct RoundTrip {
@@ -77,6 +81,15 @@ impl RoundTrip {
     }
 }
 
+/// What a channel's window should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Desire {
+    /// Twice what its reader takes in a round trip.
+    pub(super) window: u64,
+    /// The reader takes what comes, and more would come if the window were larger: what others have is due to it, too.
+    pub(super) busy: bool,
+}
+
 /// Decides a channel's window from the rate at which its reader takes bytes.
 #[derive(Debug, Default)]
 pub(super) struct Growth {
@@ -90,12 +103,12 @@ impl Growth {
         self.consumed += bytes as u64;
     }
 
-    /// The window this channel should have: twice what it takes in a round trip.
+    /// The window this channel should have, which is `window` now: twice what it takes in a round trip.
     ///
     /// A flow held back by its window takes one window per *present* round trip; so the window doubles while that is
     /// near the minimum, and stands still once queues have made it twice as long. It cannot chase its own queue.
     /// None until a whole round trip was observed.
-    pub(super) fn desired(&mut self, now: Instant, minimum: Option<Duration>) -> Option<u64> {
+    pub(super) fn desired(&mut self, now: Instant, minimum: Option<Duration>, window: u32) -> Option<Desire> {
         let round_trip = minimum?.max(SHORTEST);
         let Some(since) = self.since else {
             *self = Self { since: Some(now), consumed: 0 };
@@ -106,8 +119,9 @@ impl Growth {
             return None;
         }
         let desired = 2.0 * self.consumed as f64 * round_trip.as_secs_f64() / elapsed.as_secs_f64();
+        let busy = self.consumed >= u64::from(window / 2) && elapsed <= BUSY_ROUND_TRIPS * round_trip;
         *self = Self { since: Some(now), consumed: 0 };
-        Some(desired as u64)
+        Some(Desire { window: desired as u64, busy })
     }
 }
 
@@ -157,12 +171,16 @@ mod tests {
     fn a_window_doubles_on_an_empty_path_and_stands_on_a_queued_one() {
         let start = Instant::now();
         let mut growth = Growth::default();
-        assert_eq!(growth.desired(start, Some(ms(50))), None);
-        growth.consumed(256 * 1024);
-        assert_eq!(growth.desired(start + ms(50), Some(ms(50))), Some(512 * 1024));
-        growth.consumed(512 * 1024);
-        assert_eq!(growth.desired(start + ms(150), Some(ms(50))), Some(512 * 1024));
-        growth.consumed(512 * 1024);
-        assert!(growth.desired(start + ms(350), Some(ms(50))).unwrap() < 512 * 1024);
+        let mut after = |bytes, at, window| {
+            growth.consumed(bytes);
+            growth.desired(start + ms(at), Some(ms(50)), window)
+        };
+        assert_eq!(after(0, 0, 256 * 1024), None);
+        assert_eq!(after(256 * 1024, 50, 256 * 1024), Some(Desire { window: 512 * 1024, busy: true }));
+        assert_eq!(after(512 * 1024, 150, 512 * 1024), Some(Desire { window: 512 * 1024, busy: true }));
+        let queued = after(512 * 1024, 350, 512 * 1024).unwrap();
+        assert!(queued.window < 512 * 1024 && queued.busy);
+        assert!(!after(512 * 1024, 600, 512 * 1024).unwrap().busy, "too slow for any window");
+        assert!(!after(1000, 650, 512 * 1024).unwrap().busy, "takes little");
     }
 }

@@ -294,6 +294,38 @@ fn a_window_grows_to_fill_a_long_path_and_memory_is_shared() {
 }
 
 #[test]
+fn who_comes_late_to_a_path_with_a_queue_gets_as_much_as_the_others() {
+    const TRIP: Duration = Duration::from_millis(50);
+    let mut now = Instant::now();
+    let mut sender = Core::new(Options { max_buffered: 64 * 1024 * 1024, ..Options::new(Role::Client) });
+    let mut receiver = Core::new(Options { max_buffered: 64 * 1024 * 1024, ..Options::new(Role::Server) });
+    let mut near = vec![sender.open(now).unwrap()];
+    let (mut far, mut got) = (Vec::new(), [0; 2]);
+    for round in 0..40 {
+        if round == 10 {
+            near.push(sender.open(now).unwrap());
+        }
+        // One may take all there is as long as it is alone; then a queue makes the path three times as long.
+        now += if round < 10 { TRIP } else { 3 * TRIP };
+        let (mut there, mut back) = (BytesMut::new(), BytesMut::new());
+        loop {
+            let waiting = near.iter().filter(|key| matches!(sender.write(key, &[1; 16 * 1024]), Writing::Wait)).count();
+            if !sender.poll_transmit(now, &mut there) && waiting == near.len() {
+                break;
+            }
+        }
+        receiver.handle_input(now, &there).unwrap();
+        far.extend(std::iter::from_fn(|| receiver.accept()));
+        for (key, got) in far.iter().zip(&mut got) {
+            *got = std::iter::from_fn(|| receiver.take(key)).map(|chunk| chunk.len()).sum();
+        }
+        while receiver.poll_transmit(now, &mut back) {}
+        sender.handle_input(now + if round < 10 { TRIP } else { 3 * TRIP }, &back).unwrap();
+    }
+    assert!(got[0] > 1024 * 1024 && got[1] * 2 > got[0], "{got:?}");
+}
+
+#[test]
 fn an_idle_channel_is_small() {
     assert!(size_of::<channel::Channel>() <= 256, "{}", size_of::<channel::Channel>());
 }
