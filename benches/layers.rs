@@ -4,9 +4,9 @@
 //! up to a channel of a mux over a link over two carriers that a hub in its own process relays. The last two layers
 //! are measured with the link, without it, and with a link that never limits what is on the way: without the link
 //! nothing does so, and the short queue of the first kind costs wake-ups, which is another price than the link's.
-//! Repetitions are interleaved; the figures are medians. CPU time is user and
-//! system of this process, the load's ends included, and of the hub, from `/proc`. Allocations and system calls are
-//! not counted here: a counting allocator would need `unsafe`; `strace -c -f` and valgrind tell them.
+//! Repetitions are interleaved; the figures are medians. CPU time is user and system of this process, the load's ends
+//! included, and of the hub, from `/proc`. System calls are those of the same processes, counted by `perf stat` (which
+//! needs root; without it the column is empty); allocations are those of this process, the hub's are not seen.
 
 #[path = "support/load.rs"]
 #[allow(dead_code, reason = "only the pumps are used here")]
@@ -42,6 +42,7 @@ use culvert::{
 };
 use futures_util::future::BoxFuture;
 use peers::{DEVICE, Folder, Hub, Processes};
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -50,6 +51,9 @@ use tokio::{
 };
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<std::alloc::System> = &INSTRUMENTED_SYSTEM;
 
 const HOST: &str = "localhost";
 /// What a daemon takes of a link ahead of its consumption, by default.
@@ -108,6 +112,8 @@ struct Keep {
 struct Figures {
     megabytes_per_second: f64,
     cpu_per_gigabyte: f64,
+    allocations_per_megabyte: f64,
+    calls_per_megabyte: f64,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -153,11 +159,30 @@ async fn measure(ends: Ends, secs: f64) -> anyhow::Result<Figures> {
     pumps.spawn(async move { load::pump_in(&mut reader, &counter).await });
     tokio::time::sleep(Duration::from_secs_f64((secs / 3.0).clamp(0.2, 1.0))).await;
     let (cpu, bytes, begin) = (machine::cpu_of(&pids), delivered.load(Relaxed), Instant::now());
+    let allocations = ALLOCATOR.stats();
     tokio::time::sleep(Duration::from_secs_f64(secs)).await;
+    let allocations = ALLOCATOR.stats() - allocations;
     let (bytes, seconds) = ((delivered.load(Relaxed) - bytes) as f64, begin.elapsed().as_secs_f64());
     let cpu = machine::cpu_of(&pids) - cpu;
+    let calls = calls_per_megabyte(&pids, &delivered).await;
     anyhow::ensure!(bytes > 0.0 && pumps.try_join_next().is_none(), "the stream ended early");
-    Ok(Figures { megabytes_per_second: bytes / seconds / 1e6, cpu_per_gigabyte: cpu / (bytes / 1e9) })
+    Ok(Figures {
+        megabytes_per_second: bytes / seconds / 1e6,
+        cpu_per_gigabyte: cpu / (bytes / 1e9),
+        allocations_per_megabyte: (allocations.allocations + allocations.reallocations) as f64 / (bytes / 1e6),
+        calls_per_megabyte: calls.unwrap_or(f64::NAN),
+    })
+}
+
+/// System calls of the processes while they go on, as `perf` counts them; none where it may not.
+async fn calls_per_megabyte(pids: &[u32], delivered: &AtomicU64) -> Option<f64> {
+    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
+    let words = ["stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", &pids.join(","), "--", "sleep", "1"];
+    let bytes = delivered.load(Relaxed);
+    let said = tokio::process::Command::new("perf").args(words).output().await.ok()?;
+    let bytes = delivered.load(Relaxed) - bytes;
+    let calls: f64 = std::str::from_utf8(&said.stderr).ok()?.split(',').next()?.trim().parse().ok()?;
+    Some(calls / (bytes as f64 / 1e6))
 }
 
 // === the layers ===
@@ -326,10 +351,13 @@ impl device::Handler for HandOver {
 // === the table ===
 
 fn print(all: &[Vec<Figures>]) {
-    println!("| | MB/s | CPU s per GB, all ends |\n|---|---|---|");
+    println!("| | MB/s | CPU s per GB, all ends | system calls per MB | allocations per MB |\n|---|---|---|---|---|");
     for ((name, _), figures) in LAYERS.iter().zip(all) {
-        let speed = median(figures.iter().map(|figure| figure.megabytes_per_second));
-        println!("| {name} | {speed:.0} | {:.2} |", median(figures.iter().map(|figure| figure.cpu_per_gigabyte)));
+        let of = |figure: fn(&Figures) -> f64| median(figures.iter().map(figure));
+        let (speed, cpu) = (of(|figures| figures.megabytes_per_second), of(|figures| figures.cpu_per_gigabyte));
+        let (calls, allocations) =
+            (of(|figures| figures.calls_per_megabyte), of(|figures| figures.allocations_per_megabyte));
+        println!("| {name} | {speed:.0} | {cpu:.2} | {calls:.0} | {allocations:.1} |");
     }
     for (what, with, without) in [
         ("the link, below the mux", Layer::Mux(Link::Unlimited), Layer::Mux(Link::None)),
