@@ -2,14 +2,14 @@
 //!
 //! Three tunnels of the same shape lead from a port of loopback to a target: three plain TCP relays, `ssh` over two
 //! encrypted hops, and culvert's service, hub and device; and `bore`, one hop without encryption, if it is installed.
-//! Each runs in processes of its own, with TLS (or ssh's
-//! AES-128-GCM) where it has it and with the configuration that a person would write. Repetitions are interleaved, so
-//! that what is compared was measured within the same minutes. The output is Markdown: medians over the repetitions,
-//! and the medians of the ratios within each repetition.
+//! Each runs in processes of its own, with TLS (or ssh's AES-128-GCM) where it has it and with the configuration that a
+//! person would write. Repetitions are interleaved, so that what is compared was measured within the same minutes. The
+//! output is Markdown: medians over the repetitions, and the medians of the ratios within each repetition.
 //!
-//! `--only` names a tunnel (`relays`, `ssh`, `bore`, `culvert`) or a part of a measurement's name (`1 flow`, `round trip`,
-//! `memory`); it may be given more than once. Each tunnel starts fresh in every repetition; its round trips under
-//! load are measured after it has carried bulk.
+//! `--only` names a tunnel (`relays`, `ssh`, `bore`, `culvert`, and `bypass`, which is culvert without the resumable link
+//! and is measured only if named) or a part of a measurement's name (`1 flow`, `round trip`, `memory`); it may be given
+//! more than once. Each tunnel starts fresh in every repetition; its round trips under load are measured after it has
+//! carried bulk.
 
 #[path = "support/load.rs"]
 mod load;
@@ -43,8 +43,14 @@ const TOGETHER: usize = 8;
 const RAISED: &str = "CULVERT_BENCH_FILES_RAISED";
 
 type Begin = fn(SocketAddr) -> io::Result<Peer>;
-const TUNNELS: [(&str, Begin); 4] =
-    [("relays", peers::relays), ("ssh", peers::ssh), ("bore", peers::bore), ("culvert", peers::culvert)];
+const TUNNELS: [(&str, Begin); 5] = [
+    ("relays", peers::relays),
+    ("ssh", peers::ssh),
+    ("bore", peers::bore),
+    ("culvert", peers::culvert),
+    (BYPASS, peers::without_link),
+];
+const BYPASS: &str = "bypass";
 
 /// What is measured.
 #[derive(Clone, Copy)]
@@ -178,7 +184,8 @@ fn one(load: &Load, peer: &Peer, secs: f64, name: &str, test: Test) -> Vec<(Stri
 // === the table ===
 
 fn print_table(figures: &[Figure]) {
-    println!("| | relays | ssh | bore | culvert | culvert / relays | culvert / ssh |\n|---|---|---|---|---|---|---|");
+    println!("| | relays | ssh | bore | culvert | culvert / relays | culvert / ssh | bypass | culvert / bypass |");
+    println!("|---|---|---|---|---|---|---|---|---|");
     let mut names: Vec<&str> = Vec::new();
     for figure in figures {
         if !names.contains(&figure.name.as_str()) {
@@ -190,7 +197,7 @@ fn print_table(figures: &[Figure]) {
             let these = figures.iter().filter(|figure| figure.tunnel == tunnel && figure.name == name);
             these.map(|figure| (figure.rep, figure.value)).collect()
         };
-        let [relays, ssh, bore, culvert] = [0, 1, 2, 3].map(of);
+        let [relays, ssh, bore, culvert, bypass] = [0, 1, 2, 3, 4].map(of);
         let value = |all: &[(usize, f64)]| text(median(all.iter().map(|(_, value)| *value)));
         let ratio = |base: &[(usize, f64)]| {
             let pairs = culvert.iter().filter_map(|(rep, value)| {
@@ -200,13 +207,15 @@ fn print_table(figures: &[Figure]) {
             text(median(pairs))
         };
         println!(
-            "| {name} | {} | {} | {} | {} | {} | {} |",
+            "| {name} | {} | {} | {} | {} | {} | {} | {} | {} |",
             value(&relays),
             value(&ssh),
             value(&bore),
             value(&culvert),
             ratio(&relays),
-            ratio(&ssh)
+            ratio(&ssh),
+            value(&bypass),
+            ratio(&bypass)
         );
     }
 }
@@ -277,7 +286,7 @@ impl Options {
 
     fn wants_tunnel(&self, name: &str) -> bool {
         let named = |(tunnel, _): &(&str, Begin)| self.only.iter().any(|only| only == tunnel);
-        !TUNNELS.iter().any(named) || self.only.iter().any(|only| only == name)
+        self.only.iter().any(|only| only == name) || (name != BYPASS && !TUNNELS.iter().any(named))
     }
 
     fn wants_test(&self, name: &str) -> bool {

@@ -238,7 +238,7 @@ async fn idle_devices(count: usize) -> anyhow::Result<()> {
 
 fn idle_flows(count: usize) -> anyhow::Result<()> {
     let load = Load::start()?;
-    let peer = peers::culvert_with(load.target, count + 1000)?;
+    let peer = peers::culvert_with(load.target, count + 1000, "")?;
     anyhow::ensure!(load.probe(peer.near, PATIENCE), "the tunnel never carried a byte");
     let pids = peer.processes.pids();
     let before = machine::memory_of(&pids);
@@ -253,7 +253,7 @@ fn idle_flows(count: usize) -> anyhow::Result<()> {
 
 fn busy_device(secs: f64) -> anyhow::Result<()> {
     let load = Load::start()?;
-    let peer = peers::culvert_with(load.target, 4096)?;
+    let peer = peers::culvert_with(load.target, 4096, "")?;
     anyhow::ensure!(load.probe(peer.near, PATIENCE), "the tunnel never carried a byte");
     // Started in this order: hub, device, service.
     let device = &peer.processes.pids()[1..2];

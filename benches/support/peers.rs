@@ -134,11 +134,16 @@ pub(crate) fn bore(target: SocketAddr) -> io::Result<Peer> {
 
 /// Hub, device and service, each with the configuration that a person would write.
 pub(crate) fn culvert(target: SocketAddr) -> io::Result<Peer> {
-    culvert_with(target, 4096)
+    culvert_with(target, 4096, "")
 }
 
-/// The same, for so many connections at once.
-pub(crate) fn culvert_with(target: SocketAddr, connections: usize) -> io::Result<Peer> {
+/// The same without the resumable link.
+pub(crate) fn without_link(target: SocketAddr) -> io::Result<Peer> {
+    culvert_with(target, 4096, "resume_for = \"0s\"\n")
+}
+
+/// The same, for so many connections at once, and with `more` settings in both daemons.
+pub(crate) fn culvert_with(target: SocketAddr, connections: usize, more: &str) -> io::Result<Peer> {
     let (hub, mut processes) = Hub::start()?;
     let near = free()?;
     let folder = &hub.folder;
@@ -148,7 +153,7 @@ pub(crate) fn culvert_with(target: SocketAddr, connections: usize) -> io::Result
         &format!(
             "{}\n[limits]\nmax_connections = {connections}\nmax_channels = {connections}\n\
              [[target]]\nname = \"load\"\naddress = \"{target}\"\nmax_connections = {connections}\n",
-            hub.common("device")
+            hub.common("device", more)
         ),
     )?;
     let forward = format!(
@@ -156,7 +161,7 @@ pub(crate) fn culvert_with(target: SocketAddr, connections: usize) -> io::Result
          max_channels = {connections}\n[[forward]]\nname = \"load\"\nlisten = \"{near}\"\ndevice = \"{DEVICE}\"\ntarget = \"load\"\n\
          max_connections = {connections}\n"
     );
-    write(folder, "service.toml", &(hub.common("service") + &forward))?;
+    write(folder, "service.toml", &(hub.common("service", more) + &forward))?;
     for role in ["device", "service"] {
         let file = folder.file(&format!("{role}.toml"));
         processes.0.push(start(Command::new(CULVERT).args([role, "--config", &file]), folder, role)?);
@@ -200,11 +205,11 @@ impl Hub {
         Ok((Self { folder }, processes))
     }
 
-    fn common(&self, role: &str) -> String {
+    fn common(&self, role: &str, more: &str) -> String {
         let inside = |name: &str| self.folder.file(&format!("{role}{name}"));
         format!(
             "connection_string_file = \"{role}.connection\"\nca_file = \"ca.pem\"\nstate_dir = \"{}\"\n\
-             control_socket = \"{}\"\n[metrics]\nlisten = \"off\"\n",
+             control_socket = \"{}\"\n{more}[metrics]\nlisten = \"off\"\n",
             inside("-state"),
             inside(".sock"),
         )

@@ -23,7 +23,7 @@ const QUICK_RETRIES: u32 = 2;
 /// The longest delay while connections wait and nothing listens at the hub's address, as while it restarts: a person
 /// is waiting. Such an attempt costs the hub's host one refused SYN; only daemons with open connections make it.
 const REFUSED_CEILING: Duration = Duration::from_millis(1500);
-/// So many of these, about 20 s; a hub that is down for longer is left alone like any other.
+/// So many of these in a row, about 20 s; a hub that is down for longer is left alone like any other.
 const REFUSED_ATTEMPTS: u32 = 30;
 /// A session that lived this long was healthy: the schedule begins again.
 const HEALTHY: Duration = Duration::from_secs(30);
@@ -43,11 +43,13 @@ pub struct Retry {
     backoff: Backoff,
     /// Quick attempts since the last success.
     quick: u32,
+    /// Refused ones under live flows since then.
+    refused: u32,
 }
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { backoff: Backoff::new(BASE, CEILING), quick: 0 }
+        Self { backoff: Backoff::new(BASE, CEILING), quick: 0, refused: 0 }
     }
 }
 
@@ -63,7 +65,8 @@ impl Retry {
                 let spread = random_u64() % PATH_RETRY_SPREAD_MICROS;
                 PATH_RETRY + Duration::from_micros(spread) - Duration::from_micros(PATH_RETRY_SPREAD_MICROS / 2)
             }
-            Failure::Refused if is_urgent && self.backoff.attempts() < REFUSED_ATTEMPTS => {
+            Failure::Refused if is_urgent && self.refused < REFUSED_ATTEMPTS => {
+                self.refused += 1;
                 self.backoff.next_delay(random_u64()).min(jittered(REFUSED_CEILING))
             }
             Failure::Path | Failure::Refused | Failure::Answered(None) => self.backoff.next_delay(random_u64()),
@@ -80,7 +83,7 @@ impl Retry {
 
     /// Notes that an attempt succeeded.
     pub fn succeeded(&mut self) {
-        self.quick = 0;
+        (self.quick, self.refused) = (0, 0);
     }
 
     /// Notes that a session ended after this long; a healthy one starts the schedule anew.
@@ -132,6 +135,10 @@ mod tests {
         }
         let after_that: Vec<_> = (0..50).map(|_| retry.after(Failure::Refused, true).delay).collect();
         assert!(after_that.iter().any(|delay| *delay > REFUSED_CEILING));
+        // A line that never holds for long does not make the next restart of the hub a long one.
+        retry.succeeded();
+        retry.lived(Duration::from_secs(2));
+        assert!((0..REFUSED_ATTEMPTS).all(|_| retry.after(Failure::Refused, true).delay <= REFUSED_CEILING));
     }
 
     #[test]
@@ -141,8 +148,8 @@ mod tests {
             assert!(retry.after(Failure::Path, false).delay <= CEILING);
         }
         retry.lived(Duration::from_secs(29));
-        assert!(retry.backoff.attempts() > 0);
+        assert!((0..50).any(|_| retry.after(Failure::Path, false).delay > BASE));
         retry.lived(HEALTHY);
-        assert_eq!(retry.backoff.attempts(), 0);
+        assert!(retry.after(Failure::Path, false).delay <= BASE);
     }
 }

@@ -30,11 +30,6 @@ impl Backoff {
         Duration::from_micros((u128::from(random) * u128::from(micros) / u128::from(u64::MAX)) as u64)
     }
 
-    /// How many delays have been drawn since the start or the last [`reset`](Self::reset).
-    pub fn attempts(&self) -> u32 {
-        self.attempts
-    }
-
     /// Begins again: call it only after a session has been healthy for a while, not when it connects.
     pub fn reset(&mut self) {
         self.attempts = 0;
