@@ -184,8 +184,11 @@ fn one(load: &Load, peer: &Peer, secs: f64, name: &str, test: Test) -> Vec<(Stri
 // === the table ===
 
 fn print_table(figures: &[Figure]) {
-    println!("| | relays | ssh | bore | culvert | culvert / relays | culvert / ssh | bypass | culvert / bypass |");
-    println!("|---|---|---|---|---|---|---|---|---|");
+    let bypassed = TUNNELS.iter().position(|(name, _)| *name == BYPASS);
+    let bypassed = figures.iter().any(|figure| Some(figure.tunnel) == bypassed);
+    let more = if bypassed { [" bypass | culvert / bypass |", "---|---|"] } else { ["", ""] };
+    println!("| | relays | ssh | bore | culvert | culvert / relays | culvert / ssh |{}", more[0]);
+    println!("|---|---|---|---|---|---|---|{}", more[1]);
     let mut names: Vec<&str> = Vec::new();
     for figure in figures {
         if !names.contains(&figure.name.as_str()) {
@@ -206,17 +209,11 @@ fn print_table(figures: &[Figure]) {
             });
             text(median(pairs))
         };
-        println!(
-            "| {name} | {} | {} | {} | {} | {} | {} | {} | {} |",
-            value(&relays),
-            value(&ssh),
-            value(&bore),
-            value(&culvert),
-            ratio(&relays),
-            ratio(&ssh),
-            value(&bypass),
-            ratio(&bypass)
-        );
+        let mut cells = vec![value(&relays), value(&ssh), value(&bore), value(&culvert), ratio(&relays), ratio(&ssh)];
+        if bypassed {
+            cells.extend([value(&bypass), ratio(&bypass)]);
+        }
+        println!("| {name} | {} |", cells.join(" | "));
     }
 }
 
