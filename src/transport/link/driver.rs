@@ -107,24 +107,18 @@ impl Driver {
         polled
     }
 
-    /// Waits until a turn of so many bytes would be taken at once.
+    /// Waits until a turn of so many bytes would be taken at once, or as much of it as this link ever takes.
     pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
         let now = self.begin(cx);
-        for attempt in 0..2 {
-            if self.core.ended().is_some() {
-                return Poll::Ready(Err(self.end_error()));
-            }
-            if self.sending.is_none() && self.core.writable() >= turn {
-                return Poll::Ready(Ok(()));
-            }
-            if attempt == 0 {
-                self.core.flush();
-                self.pump_both(cx, now);
-            }
+        let mut polled = self.check_room(turn);
+        if polled.is_pending() {
+            self.core.flush();
+            self.pump_both(cx, now);
+            polled = self.check_room(turn);
+            self.blocked |= polled.is_pending();
+            self.rest(cx);
         }
-        self.blocked = true;
-        self.rest(cx);
-        Poll::Pending
+        polled
     }
 
     pub(super) fn poll_write_turn(&mut self, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {
@@ -307,6 +301,16 @@ impl Driver {
         }
         self.blocked = true;
         Poll::Pending
+    }
+
+    /// Whether there is room for a turn. An empty link has room for what it can have: a window smaller than a turn would
+    /// be waited for without end.
+    fn check_room(&self, turn: usize) -> Poll<io::Result<()>> {
+        if self.core.ended().is_some() {
+            return Poll::Ready(Err(self.end_error()));
+        }
+        let is_room = self.core.writable() >= turn || self.core.replay_bytes() == 0;
+        if self.sending.is_none() && is_room { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     fn pump_both(&mut self, cx: &mut Context<'_>, now: Instant) {

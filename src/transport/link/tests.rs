@@ -88,6 +88,28 @@ async fn two_writers_without_readers_hold_bounded_memory_and_go_on_when_read() {
 }
 
 #[tokio::test]
+async fn a_window_smaller_than_a_turn_still_takes_turns() {
+    let options = Options { initial_window: 50_000, max_window: 50_000, ..Options::default() };
+    let ((mut near, _), (mut far, _)) = pair_with(options, 4096);
+    let text: Vec<u8> = (0..500_000_u32).map(|n| (n / 7) as u8).collect();
+    let write = async {
+        for turn in text.chunks(65_280) {
+            std::future::poll_fn(|cx| Pin::new(&mut near).poll_turn(cx, 65_280)).await.unwrap();
+            let mut turn = BytesMut::from(turn);
+            while !turn.is_empty() {
+                std::future::poll_fn(|cx| Pin::new(&mut near).poll_write_turn(cx, &mut turn)).await.unwrap();
+            }
+        }
+        near.shutdown().await.unwrap();
+    };
+    let mut got = Vec::new();
+    let read = async { far.read_to_end(&mut got).await.unwrap() };
+    let both = async { tokio::join!(write, read) };
+    tokio::time::timeout(Duration::from_secs(60), both).await.expect("waits for room that there never is");
+    assert!(got == text);
+}
+
+#[tokio::test]
 async fn a_read_of_no_bytes_is_no_end() {
     let ((mut near, _), (mut far, _)) = pair();
     assert_eq!(near.read(&mut []).await.unwrap(), 0);
