@@ -38,8 +38,9 @@
 //!
 //! *Windows* start at 256 KiB and never shrink below. Credit goes back when the application has taken data, from a
 //! half of the window on (at most 256 KiB). A window grows to twice what its reader takes in the *shortest* round
-//! trip seen, so it fills the path but cannot chase the queues it makes; its growth is paid from the memory for
-//! received data and shared among the channels that want it. Pings measure the round trip, only while data flows.
+//! trip seen, so it fills the path but cannot chase the queues it makes; one that came late, when the queue of others
+//! had made the path look long, grows to their average. Growth is paid from the memory for received data and shared
+//! among the channels that want it. Pings measure the round trip, only while data flows.
 //!
 //! *Order*: control frames first, then data by deficit round robin with a quantum of 32 KiB and priority for channels
 //! that just became active. Bytes wait here, per channel, until the driver has room for them.

@@ -18,9 +18,9 @@ const PERIOD: Duration = Duration::from_secs(300);
 /// Shorter round trips count as this one: below it, what a window must cover is the time until tasks get their turn.
 const SHORTEST: Duration = Duration::from_micros(500);
 
-/// A reader that takes half of its window in so many round trips is held back by nothing else: that is as much as a
-/// queue of four times the path's own length.
-const BUSY_ROUND_TRIPS: u32 = 4;
+/// A window that its reader empties in so many of the shortest round trips is what holds it back: the present one is
+/// longer by the queue of others. A reader slower than that is slow by itself.
+const BUSY_ROUND_TRIPS: f64 = 8.0;
 
 /// Measures the round trip.
 #[derive(Debug, Default)]
@@ -86,7 +86,7 @@ impl RoundTrip {
 pub(super) struct Desire {
     /// Twice what its reader takes in a round trip.
     pub(super) window: u64,
-    /// The reader takes what comes, and more would come if the window were larger: what others have is due to it, too.
+    /// The window holds the reader back: what others have is due to it, too.
     pub(super) busy: bool,
 }
 
@@ -118,10 +118,10 @@ impl Growth {
         if elapsed < round_trip {
             return None;
         }
-        let desired = 2.0 * self.consumed as f64 * round_trip.as_secs_f64() / elapsed.as_secs_f64();
-        let busy = self.consumed >= u64::from(window / 2) && elapsed <= BUSY_ROUND_TRIPS * round_trip;
+        let per_round_trip = self.consumed as f64 * round_trip.as_secs_f64() / elapsed.as_secs_f64();
         *self = Self { since: Some(now), consumed: 0 };
-        Some(Desire { window: desired as u64, busy })
+        let busy = per_round_trip * BUSY_ROUND_TRIPS >= f64::from(window);
+        Some(Desire { window: (2.0 * per_round_trip) as u64, busy })
     }
 }
 
@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(after(512 * 1024, 150, 512 * 1024), Some(Desire { window: 512 * 1024, busy: true }));
         let queued = after(512 * 1024, 350, 512 * 1024).unwrap();
         assert!(queued.window < 512 * 1024 && queued.busy);
-        assert!(!after(512 * 1024, 600, 512 * 1024).unwrap().busy, "too slow for any window");
-        assert!(!after(1000, 650, 512 * 1024).unwrap().busy, "takes little");
+        assert!(!after(512 * 1024, 800, 512 * 1024).unwrap().busy, "slow by itself");
+        assert!(!after(1000, 850, 512 * 1024).unwrap().busy, "takes little");
     }
 }
