@@ -6,7 +6,7 @@
 //! nothing does so, and the short queue of the first kind costs wake-ups, which is another price than the link's.
 //! Repetitions are interleaved; the figures are medians. CPU time is user and system of this process, the load's ends
 //! included, and of the hub, from `/proc`. System calls are those of the same processes, counted by `perf stat` (which
-//! needs root; without it the column is empty); allocations are those of this process, the hub's are not seen.
+//! needs root; without it the column says NaN); allocations are those of this process, the hub's are not seen.
 
 #[path = "support/load.rs"]
 #[allow(dead_code, reason = "only the pumps are used here")]
