@@ -11,7 +11,6 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
-use tokio::net::TcpStream;
 
 use super::Failure;
 use crate::{
@@ -22,7 +21,7 @@ use crate::{
         carrier::{Carrier, CarrierOptions, Upgrade, UpgradeError},
         dial::{DialError, Dialer, NoProxy, Proxy, ProxyRules, ProxySyntaxError},
         http::{HttpError, HttpRequest, HttpResponse, Url, UrlError, host_header, request_noting},
-        net::tolerate_pauses,
+        net::CarrierSocket,
         tls::{ClientCertificate, ClientStream, ClientTls, TlsError, Trust},
     },
 };
@@ -33,7 +32,7 @@ pub const TOKEN_LIFETIME: u64 = 3600;
 const NOTABLE_SKEW: u64 = 120;
 
 /// A carrier to the hub.
-pub type HubCarrier = Carrier<ClientStream<TcpStream>>;
+pub type HubCarrier = Carrier<ClientStream<CarrierSocket>>;
 
 /// Why a configuration does not lead to a hub.
 #[derive(Debug, thiserror::Error)]
@@ -224,7 +223,7 @@ impl HubClient {
         let url: Url = url.parse()?;
         let io = self.shared.dialer.connect(&url.host, url.port, None).await?;
         if options.may_pause() {
-            tolerate_pauses(io.get_ref().0.get_ref());
+            io.get_ref().0.get_ref().tolerate_pauses();
         }
         let upgrade = Upgrade {
             host: &url.host_header(),
@@ -252,11 +251,11 @@ impl HubClient {
 }
 
 async fn upgraded(
-    io: ClientStream<TcpStream>,
+    io: ClientStream<CarrierSocket>,
     upgrade: &Upgrade<'_>,
     options: CarrierOptions,
 ) -> Result<HubCarrier, CarrierFailure> {
-    let address = io.get_ref().0.get_ref().local_addr();
+    let address = io.get_ref().0.get_ref().get_ref().local_addr();
     let carrier = Carrier::client(io, upgrade, options).await?;
     if let Ok(address) = address {
         carrier.comes_from(address);

@@ -9,8 +9,6 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, header};
 use hyper::{body::Incoming, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
-use socket2::SockRef;
-use tokio::net::TcpStream;
 
 use super::{
     answer::{self, Answer},
@@ -22,12 +20,9 @@ use super::{
 };
 use crate::transport::{
     carrier::{Carrier, CarrierOptions},
+    net::CarrierSocket,
     tls::ServerStream,
 };
-
-/// Unsent bytes that the kernel may hold per leg. More would only make short messages wait behind bulk where nobody
-/// can reorder them; 128 KiB keep full rate at 50 ms, as measured for carriers (`transport::net`).
-const NOTSENT_LOWAT: u32 = 128 * 1024;
 
 /// The sub-protocol of control sessions. The SDKs for C offer it at the streaming endpoint too.
 const SUBPROTOCOL: &str = "mqtt";
@@ -36,7 +31,7 @@ const SUBPROTOCOL: &str = "mqtt";
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Under every WebSocket of the hub.
-pub(in crate::hub) type Io = ServerStream<TcpStream>;
+pub(in crate::hub) type Io = ServerStream<CarrierSocket>;
 
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
 pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], request: &mut Request<Incoming>) -> Answer {
@@ -58,9 +53,8 @@ pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], reques
     connection.authenticated();
     let upgrade = hyper::upgrade::on(request);
     hub.spawn(async move {
-        if let Some((io, early)) = switched(upgrade).await {
-            // A kernel without the option costs latency under load, not correctness.
-            let _ = SockRef::from(io.get_ref().0.get_ref()).set_tcp_notsent_lowat(NOTSENT_LOWAT);
+        if let Some((mut io, early)) = switched(upgrade).await {
+            io.get_mut().0.get_mut().limit_unsent();
             seat.join(Leg::new(Box::new(io), early)).await;
         }
     });

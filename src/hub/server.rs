@@ -30,7 +30,7 @@ use super::{
 use crate::{
     proto::streams::ApiError,
     transport::{
-        net::{BindError, Endpoint as Address, Listener, Peer, Socket},
+        net::{BindError, CarrierSocket, Endpoint as Address, Listener, Peer, Socket},
         tls::Acceptor,
     },
 };
@@ -104,7 +104,7 @@ fn accepted(socket: TcpStream, addr: SocketAddr, tls: &Acceptor, hub: &Arc<HubSh
 /// One connection until it ends or has switched protocols.
 async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Acceptor, hub: &Arc<HubShared>) {
     let limits = hub.config().limits.clone();
-    let stream = match timeout(limits.tls_handshake_timeout, tls.accept(socket)).await {
+    let stream = match timeout(limits.tls_handshake_timeout, tls.accept(CarrierSocket::from(socket))).await {
         Ok(Ok(stream)) => stream,
         failed => {
             hub.metrics.tls_failures.with_label_values(&[LABEL]).inc();

@@ -287,8 +287,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Carrier<S> {
         let room = MAX_MESSAGE - self.outbox.gathered();
         if room == 0 || (length > room && length <= MAX_MESSAGE) {
             ready!(self.poll_send(cx))?;
-        } else {
-            ready!(self.outbox.poll_drain(&mut self.io, cx)).map_err(write_error)?;
+        }
+        if self.outbox.gathered() == 0 {
+            // TLS would hold another message while the kernel takes none.
+            ready!(self.outbox.poll_flush(&mut self.io, cx)).map_err(write_error)?;
         }
         Poll::Ready(Ok(MAX_MESSAGE - self.outbox.gathered()))
     }

@@ -12,7 +12,7 @@ use std::{net::SocketAddr, time::Duration};
 use tokio::net::TcpStream;
 
 use super::{
-    net::{ConnectError, connect_tcp, tune_carrier},
+    net::{CarrierSocket, ConnectError, connect_tcp},
     tls::{ClientStream, ClientTls, HandshakeError},
 };
 
@@ -101,13 +101,13 @@ impl Dialer {
         host: &str,
         port: u16,
         address: Option<SocketAddr>,
-    ) -> Result<ClientStream<TcpStream>, DialError> {
+    ) -> Result<ClientStream<CarrierSocket>, DialError> {
         let socket = match (address, self.proxies.proxy_for(host, port)) {
             (Some(address), _) => self.connect_directly(&address.ip().to_string(), address.port()).await?,
             (None, None) => self.connect_directly(host, port).await?,
             (None, Some(proxy)) => connect_through(proxy, host, port).await?,
         };
-        match tokio::time::timeout(TLS_TIMEOUT, self.tls.connect(host, socket)).await {
+        match tokio::time::timeout(TLS_TIMEOUT, self.tls.connect(host, CarrierSocket::new(socket))).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(source)) => Err(DialError::Tls { host: host.to_owned(), source }),
             Err(_) => Err(DialError::TlsTimeout { host: host.to_owned() }),
@@ -115,16 +115,13 @@ impl Dialer {
     }
 
     async fn connect_directly(&self, host: &str, port: u16) -> Result<TcpStream, DialError> {
-        let socket = connect_tcp(host, port, CONNECT_TIMEOUT, &|_| true).await.map_err(DialError::Connect)?;
-        tune_carrier(&socket);
-        Ok(socket)
+        connect_tcp(host, port, CONNECT_TIMEOUT, &|_| true).await.map_err(DialError::Connect)
     }
 }
 
 async fn connect_through(proxy: &Proxy, host: &str, port: u16) -> Result<TcpStream, DialError> {
     let reached = connect_tcp(&proxy.host, proxy.port, CONNECT_TIMEOUT, &|_| true).await;
     let mut socket = reached.map_err(|source| DialError::ProxyUnreachable { proxy: proxy.clone(), source })?;
-    tune_carrier(&socket);
     let asked = tokio::time::timeout(PROXY_TIMEOUT, proxy.ask(&mut socket, host, port)).await;
     match asked.unwrap_or(Err(ProxyError::Timeout(PROXY_TIMEOUT))) {
         Ok(()) => Ok(socket),

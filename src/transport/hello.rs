@@ -429,10 +429,10 @@ impl AsyncRead for SessionIo {
 impl Tunnel for BoxedCarrier {}
 
 impl Tunnel for SessionIo {
-    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Link(link) => Pin::new(link).poll_turn(cx, turn),
-            Self::Bare(carrier) => Pin::new(carrier).poll_turn(cx, turn),
+            Self::Link(link) => Pin::new(link).poll_turn(cx, most),
+            Self::Bare(carrier) => Pin::new(carrier).poll_turn(cx, most),
         }
     }
 

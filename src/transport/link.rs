@@ -207,9 +207,9 @@ impl AsyncRead for Link {
 }
 
 impl Tunnel for Link {
-    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
         self.shared.wakers.writer.register(cx.waker());
-        self.poll(|driver, cx| driver.poll_turn(cx, turn))
+        self.poll(|driver, cx| driver.poll_turn(cx, most))
     }
 
     /// A turn of bulk becomes a frame as it is, without a copy.

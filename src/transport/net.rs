@@ -4,6 +4,7 @@
 //! or who is allowed what. Invariant: names are resolved anew at every connect, and the address that a filter saw is
 //! the address that is connected to.
 
+mod carrier_socket;
 mod connect;
 mod listener;
 mod socket;
@@ -19,13 +20,11 @@ use std::{
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
+pub use carrier_socket::CarrierSocket;
 pub use connect::{ConnectError, connect, connect_tcp};
 pub use listener::{BindError, Listener, Peer};
 pub use socket::Socket;
 
-/// Unsent bytes that the kernel holds per carrier: what lies there can no longer be scheduled. Measured: 64 to 128 KiB
-/// keep full rate at 50 ms.
-const NOTSENT_LOWAT: u32 = 128 * 1024;
 /// Unacknowledged data for this long ends a carrier; the same as the ping's verdict.
 const USER_TIMEOUT: Duration = Duration::from_secs(37);
 /// Carriers are pinged above TCP; this is for the time when nobody reads them.
@@ -95,10 +94,7 @@ pub fn tune_carrier(socket: &TcpStream) {
     let _ = options.set_tcp_nodelay(true);
     let _ = options.set_tcp_keepalive(&keepalive(CARRIER_KEEPALIVE));
     #[cfg(target_os = "linux")]
-    {
-        let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
-        let _ = options.set_tcp_notsent_lowat(NOTSENT_LOWAT);
-    }
+    let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
 }
 
 /// Takes back what would end a plain carrier whose far reader pauses: Linux counts probes of a closed window against

@@ -203,6 +203,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
         }
     }
 
+    /// Gives the kernel all that waits.
+    fn poll_deliver(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(cx, pipe))?;
+        self.poll_flush(cx)
+    }
+
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.unflushed {
             ready!(Pin::new(&mut self.io).poll_flush(cx))?;
@@ -382,7 +388,8 @@ where
         if from.ended.is_some() {
             return Poll::Ready(DirectionEnd::Source);
         }
-        if let Err(error) = ready!(to.poll_drain(cx, pipe)) {
+        // TLS would hold another buffer while the kernel takes none.
+        if let Err(error) = ready!(to.poll_deliver(cx, pipe)) {
             to.ended = Some(Ended::Lost(Some(error)));
             return Poll::Ready(DirectionEnd::Sink);
         }
@@ -401,11 +408,7 @@ fn poll_settle<S>(cx: &mut Context<'_>, leg: &mut Leg<S>, pipe: &mut Pipe) -> Po
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let drained = match leg.poll_drain(cx, pipe) {
-        Poll::Ready(Ok(())) => leg.poll_flush(cx),
-        other => other,
-    };
-    match drained {
+    match leg.poll_deliver(cx, pipe) {
         Poll::Ready(Err(error)) => {
             leg.ended = Some(Ended::Lost(Some(error)));
             Poll::Ready(())

@@ -196,7 +196,12 @@ impl Core {
         if self.fault == Some(super::Fault::UnboundedReplay) {
             return unsent;
         }
-        unsent.min(self.window.size().saturating_sub(self.outbox.held() + 2 * CHUNK_COST))
+        unsent.min(self.window.limit().saturating_sub(self.outbox.held() + 2 * CHUNK_COST))
+    }
+
+    /// How many bytes should be written at once: what they hold up, nobody can overtake.
+    pub fn turn(&self, most: usize) -> usize {
+        self.window.turn(most)
     }
 
     /// Takes bytes to send, as many as there is room for. They may wait for a full frame until [`flush`](Self::flush).
@@ -243,7 +248,7 @@ impl Core {
     /// True if a frame is worth sending: bytes were flushed, or fill a frame, or fill the window so that no more come.
     pub fn unsent(&self) -> bool {
         let unsent = self.outbox.end() - self.outbox.next();
-        let full = self.outbox.has_frame() || self.window.size() <= self.outbox.held() + 2 * CHUNK_COST;
+        let full = self.outbox.has_frame() || self.window.limit() <= self.outbox.held() + 2 * CHUNK_COST;
         unsent > 0 && (full || self.outbox.next() < self.flush_to)
     }
 
@@ -579,9 +584,11 @@ impl Core {
 
     /// The other side has consumed up to `position`, which was sent.
     fn acknowledge(&mut self, now: Instant, position: u64) {
-        self.peer_consumed = position;
         let all = position >= self.outbox.sent();
-        self.window.acknowledged(now, position.min(self.outbox.sent()), all);
+        if all || position > self.peer_consumed {
+            self.window.acknowledged(now, position.min(self.outbox.sent()), all);
+        }
+        self.peer_consumed = position;
         self.outbox.acknowledge(position.min(self.outbox.end()));
         self.fin.acknowledged |= self.fin.ever_sent && position > self.outbox.end();
         if self.outbox.has_spare() && self.outbox.start() == self.outbox.end() {
@@ -619,8 +626,9 @@ impl Core {
         let limit = usize::try_from(credit).unwrap_or(usize::MAX);
         let alone = self.outbox.next() == self.peer_consumed;
         let (position, payload) = self.outbox.next_frame(limit.min(MAX_PAYLOAD))?;
-        let cramped = self.outbox.held() + MAX_PAYLOAD > self.window.size() || limit - payload.len() < MAX_PAYLOAD;
-        let due = cramped && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.half_window();
+        let cramped = self.outbox.held() + MAX_PAYLOAD > self.window.limit() || limit - payload.len() < MAX_PAYLOAD;
+        let due = (cramped || self.window.is_long())
+            && self.outbox.next() - self.asked_at.min(self.outbox.next()) >= self.answer_after();
         let asking = due || (alone && self.window.samples(now));
         if asking {
             self.asked_at = self.outbox.next();
@@ -630,10 +638,12 @@ impl Core {
         Some(self.frame(now, Kind::Data, flags, position, payload))
     }
 
-    /// How much is sent between two requests for an immediate answer: the window is twice what the path holds, so the
-    /// answer comes before it is full, and each answer is a message through three daemons.
-    fn half_window(&self) -> u64 {
-        (self.window.size() as u64).min(u64::from(self.options.peer_window)) / 2
+    /// How much is sent between two requests for an immediate answer. The window is twice what a short path holds, so
+    /// that an answer for half of it comes before it is full, and each answer is a message through three daemons. On a long
+    /// path that would let bytes go in bursts of half a window, which a network's queue may not hold.
+    fn answer_after(&self) -> u64 {
+        let answers = if self.window.is_long() { 16 } else { 2 };
+        (self.window.limit() as u64).min(u64::from(self.options.peer_window)) / answers
     }
 
     fn fin_frame(&mut self, now: Instant) -> Option<Frame> {

@@ -1,8 +1,8 @@
 //! How much may be on the way, and when to acknowledge.
 //!
 //! Owns the growth of the replay window and the timing of acknowledgements. Does not know bytes or frames.
-//! Invariant: the window never shrinks while a carrier is attached and never exceeds its ceiling; an acknowledgement
-//! that is owed has a deadline.
+//! Invariant: the window never shrinks while a carrier is attached and never exceeds its ceiling, and the limit never
+//! exceeds the window; an acknowledgement that is owed has a deadline.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,31 @@ const SCHEDULING_SLACK: Duration = Duration::from_micros(300);
 /// The rate is measured over at least this long, or the window would follow every burst that a scheduler makes: it can
 /// only grow.
 const SPAN: Duration = Duration::from_millis(5);
+
+/// From this round trip on a queue is felt, and lasts.
+const LONG: Duration = Duration::from_millis(5);
+
+/// On a long path never less than this is on the way: what TCP begins with, and what the daemons hold.
+const LEAST: usize = 64 * 1024;
+
+/// On a long path, no more is on the way than is delivered in this time and two round trips. Less would be felt less,
+/// but a path whose round trip varies, as a mobile one does, would be kept from its rate by it.
+const LONGEST_QUEUE: Duration = Duration::from_millis(150);
+
+/// Bytes per second from which on a long path gets four times what it holds: what waits there waits for milliseconds,
+/// and behind a lost segment one round trip's worth has arrived out of order while the next is on its way.
+const FAST: usize = 12_500_000;
+
+const ONE_SECOND: Duration = Duration::from_secs(1);
+
+/// For so long a rate is remembered, and up to twice as long.
+const REMEMBERED: Duration = Duration::from_secs(2);
+
+/// How long a turn may take to be sent, on a long path.
+const TURN_TIME: Duration = Duration::from_millis(4);
+
+/// Less than this is not worth its headers.
+const MIN_TURN: usize = 8 * 1024;
 
 /// With nothing else on the way, a frame asks for an answer at once this often: the round trip of the path itself is
 /// seen only then.
@@ -32,11 +57,18 @@ const ACK_INTERVAL: Duration = Duration::from_millis(1);
 const ACK_SURELY_AFTER: u64 = 512 * 1024;
 
 /// The size of the replay window: it starts small and grows with what the path carries, delivery rate times the
-/// smallest round trip (not the one that our own queue has lengthened), twice.
+/// smallest round trip (not the one that our own queue has lengthened), twice, or on a long fast path four times. And how
+/// much of it may be on the way now.
 #[derive(Debug)]
 pub(super) struct Window {
     size: usize,
     ceiling: usize,
+    /// See [`limit`](Self::limit) and [`turn`](Self::turn).
+    limit: usize,
+    turn: usize,
+    /// The best rates of the present and of the last time, bytes per second.
+    rates: [usize; 2],
+    rates_since: Option<Instant>,
     probe: Option<Probe>,
     span: Option<Span>,
     min_round_trip: Duration,
@@ -60,16 +92,46 @@ struct Span {
 impl Window {
     pub(super) fn new(initial: usize, ceiling: usize) -> Self {
         let size = initial.min(ceiling);
-        Self { size, ceiling, probe: None, span: None, min_round_trip: Duration::MAX, sampled: None }
+        Self {
+            size,
+            ceiling,
+            limit: size,
+            turn: usize::MAX,
+            rates: [0; 2],
+            rates_since: None,
+            probe: None,
+            span: None,
+            min_round_trip: Duration::MAX,
+            sampled: None,
+        }
     }
 
+    /// What replay may hold.
     pub(super) fn size(&self) -> usize {
         self.size
+    }
+
+    /// What may be on the way. On a long path it follows the present rate down, too: where little gets through, what the
+    /// window held at better times would wait in the daemons' and the network's queues, before every keystroke.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// How many bytes should be sent at once, at most `most`: they are ahead of what comes while they are sent.
+    pub(super) fn turn(&self, most: usize) -> usize {
+        self.turn.min(most)
+    }
+
+    /// True if a queue on this path is felt.
+    pub(super) fn is_long(&self) -> bool {
+        self.min_round_trip >= LONG && self.min_round_trip < Duration::MAX
     }
 
     /// A new carrier is a new path.
     pub(super) fn attached(&mut self) {
         (self.probe, self.span, self.sampled) = (None, None, None);
+        (self.limit, self.turn) = (self.size, usize::MAX);
+        (self.rates, self.rates_since) = ([0; 2], None);
         self.min_round_trip = Duration::MAX;
     }
 
@@ -97,7 +159,7 @@ impl Window {
         let least = self.min_round_trip.max(SPAN);
         let measured = self.span.take_if(|span| now.saturating_duration_since(span.since) >= least);
         if let Some(span) = measured {
-            self.follow(position.saturating_sub(span.acknowledged), now.saturating_duration_since(span.since));
+            self.follow(now, position.saturating_sub(span.acknowledged), now.saturating_duration_since(span.since));
             self.span = Some(Span { since: now, acknowledged: position });
         }
         if all {
@@ -107,17 +169,40 @@ impl Window {
     }
 
     /// So much was delivered in this time.
-    fn follow(&mut self, delivered: u64, time: Duration) {
-        let horizon = (self.min_round_trip.saturating_add(SCHEDULING_SLACK)).as_micros();
-        let wanted = 2 * u128::from(delivered) * horizon / time.as_micros().max(1);
-        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(self.size.saturating_mul(4));
+    fn follow(&mut self, now: Instant, delivered: u64, time: Duration) {
+        let held = product(delivered, time, self.min_round_trip.saturating_add(SCHEDULING_SLACK));
+        let is_long = self.is_long();
+        let times = if is_long && product(delivered, time, ONE_SECOND) > FAST { 4 } else { 2 };
+        let wanted = held.saturating_mul(times).min(self.size.saturating_mul(4));
         self.size = self.size.max(wanted.min(self.ceiling));
+        (self.limit, self.turn) = (self.size, usize::MAX);
+        if is_long {
+            self.follow_down(now, product(delivered, time, ONE_SECOND));
+        }
+    }
+
+    /// So many bytes per second are delivered at present.
+    fn follow_down(&mut self, now: Instant, rate: usize) {
+        if self.rates_since.is_none_or(|since| now.saturating_duration_since(since) >= REMEMBERED) {
+            self.rates = [0, self.rates[0]];
+            self.rates_since = Some(now);
+        }
+        self.rates[0] = self.rates[0].max(rate);
+        let best = self.rates[0].max(self.rates[1]) as u64;
+        let horizon = self.min_round_trip.saturating_mul(2).saturating_add(LONGEST_QUEUE);
+        self.limit = product(best, ONE_SECOND, horizon).max(LEAST).min(self.size);
+        self.turn = product(best, ONE_SECOND, TURN_TIME).max(MIN_TURN);
     }
 
     /// How long the oldest probe has waited.
     pub(super) fn waiting_since(&self) -> Option<Instant> {
         self.probe.as_ref().map(|probe| probe.sent_at)
     }
+}
+
+/// What `bytes` in `time` are in `horizon`.
+fn product(bytes: u64, time: Duration, horizon: Duration) -> usize {
+    usize::try_from(u128::from(bytes) * horizon.as_micros() / time.as_micros().max(1)).unwrap_or(usize::MAX)
 }
 
 /// When to acknowledge.
@@ -202,6 +287,47 @@ mod tests {
     fn a_path_of_microseconds_gets_what_it_needs_and_no_queue() {
         assert!(settle(450_000_000.0, Duration::from_micros(150)) <= 400 * KIB);
         assert!(settle(2_000_000_000.0, Duration::from_micros(150)) >= 600 * KIB);
+    }
+
+    /// A path of 50 ms that carried `rate` bytes per second for a while.
+    fn long_path(rate: u64, window: &mut Window, start: Instant) -> Instant {
+        let round_trip = Duration::from_millis(50);
+        let mut position = 0;
+        for round in 1..=100 {
+            let now = start + round_trip * round;
+            window.sent(now - round_trip, position + rate / 20, position);
+            position += rate / 20;
+            window.acknowledged(now, position, false);
+        }
+        start + round_trip * 100
+    }
+
+    #[test]
+    fn where_little_gets_through_little_is_on_the_way() {
+        let (mut window, start) = (Window::new(256 * KIB, 32 * 1024 * KIB), Instant::now());
+        let now = long_path(10_000_000, &mut window, start);
+        assert_eq!((window.size(), window.limit()), (1_006_000, 1_006_000));
+        // The line gets worse. Five seconds later the better times are forgotten, but the window is kept.
+        let now = long_path(400_000, &mut window, now);
+        assert_eq!((window.size(), window.limit()), (1_006_000, 100_000), "a quarter of a second");
+        let now = long_path(20_000, &mut window, now);
+        assert_eq!(window.limit(), LEAST);
+        // And better: what is allowed grows with each round trip.
+        long_path(10_000_000, &mut window, now);
+        assert_eq!(window.limit(), 1_006_000);
+    }
+
+    #[test]
+    fn a_long_fast_path_gets_four_times_what_it_holds_and_a_slow_one_short_turns() {
+        let start = Instant::now();
+        let mut fast = Window::new(256 * KIB, 32 * 1024 * KIB);
+        long_path(100_000_000, &mut fast, start);
+        assert_eq!(fast.limit(), 4 * 5_030_000);
+        assert_eq!(fast.turn(64 * KIB), 64 * KIB);
+        let mut slow = Window::new(256 * KIB, 32 * 1024 * KIB);
+        long_path(2_500_000, &mut slow, start);
+        assert_eq!((slow.limit(), slow.turn(64 * KIB)), (256 * KIB, 10_000));
+        assert_eq!(Window::new(256 * KIB, 32 * 1024 * KIB).turn(64 * KIB), 64 * KIB, "a path that is not known");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What goes to the peer, and in which order.
 //!
 //! Owns the composition of a turn of output: control frames, then data in the schedule's order. Does not know when
-//! the driver will come for more. Invariant: a turn is at most [`TURN`] bytes, decided at the last moment.
+//! the driver will come for more. Invariant: a turn is at most as long as was asked, decided at the last moment.
 
 use std::time::Instant;
 
@@ -23,8 +23,14 @@ const WORTH_A_FRAME: usize = 2048;
 impl Core {
     /// Appends what should be sent, at most [`TURN`] bytes; false when there is nothing.
     pub fn poll_transmit(&mut self, now: Instant, out: &mut BytesMut) -> bool {
+        self.poll_turn(now, out, TURN)
+    }
+
+    /// Appends what should be sent, at most `most` bytes; false when there is nothing. A path on which a [`TURN`] takes
+    /// long wants shorter ones.
+    pub fn poll_turn(&mut self, now: Instant, out: &mut BytesMut, most: usize) -> bool {
         let start = out.len();
-        let room = |out: &BytesMut| TURN.saturating_sub(out.len() - start);
+        let room = |out: &BytesMut| most.saturating_sub(out.len() - start);
         while room(out) >= HEADER && self.transmit_control(now, out) {}
         while self.transmit_data(room(out), out) {}
         // What the data completed may be all that a closing mux waited for.

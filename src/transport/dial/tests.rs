@@ -72,7 +72,7 @@ async fn blunt_server(answer: &'static [u8], tasks: &mut JoinSet<io::Result<()>>
     address
 }
 
-async fn echoes(mut stream: ClientStream<TcpStream>) {
+async fn echoes(mut stream: ClientStream<CarrierSocket>) {
     stream.write_all(b"ping").await.unwrap();
     stream.flush().await.unwrap();
     let mut got = Vec::new();

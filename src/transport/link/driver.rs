@@ -107,9 +107,10 @@ impl Driver {
         polled
     }
 
-    /// Waits until a turn of so many bytes would be taken at once, or as much of it as this link ever takes.
-    pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+    /// Waits until a turn would be taken at once, or as much of it as this link ever takes; says of how many bytes.
+    pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
         let now = self.begin(cx);
+        let turn = self.core.turn(most);
         let mut polled = self.check_room(turn);
         if polled.is_pending() {
             self.core.flush();
@@ -118,7 +119,7 @@ impl Driver {
             self.blocked |= polled.is_pending();
             self.rest(cx);
         }
-        polled
+        polled.map_ok(|()| turn)
     }
 
     pub(super) fn poll_write_turn(&mut self, cx: &mut Context<'_>, bytes: &mut BytesMut) -> Poll<io::Result<()>> {

@@ -45,10 +45,11 @@ pub enum MuxError {
 
 /// What a mux runs over.
 pub trait Tunnel: AsyncRead + AsyncWrite + Unpin {
-    /// Waits until it would take a turn of so many bytes: what is put into one before that cannot be overtaken any more.
-    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
-        let _ = (cx, turn);
-        Poll::Ready(Ok(()))
+    /// Waits until it would take a turn, and says of how many bytes, `most` of them at most: what is put into one before
+    /// that, or is more than it says, cannot be overtaken any more.
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
+        let _ = cx;
+        Poll::Ready(Ok(most))
     }
 
     /// Writes from `bytes`, which is not empty: what it took is gone from the front. It may keep the memory instead of
@@ -100,8 +101,7 @@ impl<T: Tunnel> MuxDriver<T> {
         let mut progress = false;
         if self.output.is_empty() && !self.is_idle() {
             let Poll::Ready(ready) = Pin::new(&mut self.io).poll_turn(cx, TURN) else { return Ok(false) };
-            ready?;
-            self.take_output();
+            self.take_output(ready?);
         }
         while !self.output.is_empty() {
             let Poll::Ready(written) = Pin::new(&mut self.io).poll_write_turn(cx, &mut self.output) else {
@@ -124,11 +124,11 @@ impl<T: Tunnel> MuxDriver<T> {
         state.idle
     }
 
-    /// Fills the output with a turn.
-    fn take_output(&mut self) {
+    /// Fills the output with a turn of at most so many bytes.
+    fn take_output(&mut self, most: usize) {
         let mut state = self.shared.lock();
-        self.output.reserve(TURN);
-        state.core.poll_transmit(Instant::now().into_std(), &mut self.output);
+        self.output.reserve(most);
+        state.core.poll_turn(Instant::now().into_std(), &mut self.output, most);
         state.idle = self.output.is_empty();
         self.shared.dispatch(state);
     }

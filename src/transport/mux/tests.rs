@@ -409,9 +409,9 @@ struct Gate {
 }
 
 impl Tunnel for Gate {
-    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, turn: usize) -> Poll<io::Result<()>> {
+    fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
         if self.open.load(Ordering::SeqCst) {
-            return Pin::new(&mut self.get_mut().pipe).poll_turn(cx, turn);
+            return Pin::new(&mut self.get_mut().pipe).poll_turn(cx, most);
         }
         cx.waker().wake_by_ref();
         Poll::Pending

@@ -43,6 +43,11 @@ impl<S> ReadAhead<S> {
         &self.io
     }
 
+    /// The stream below, which shall not be read from.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.io
+    }
+
     /// Hands over what was read ahead; gives the buffer back when it is empty.
     fn take(&mut self, buf: &mut ReadBuf<'_>) {
         let length = self.left.len().min(buf.remaining());
