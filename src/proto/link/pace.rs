@@ -18,7 +18,7 @@ const SPAN: Duration = Duration::from_millis(5);
 const LONG: Duration = Duration::from_millis(5);
 
 /// On a long path never less than this is on the way: what TCP begins with, and what the daemons hold.
-const LEAST: usize = 64 * 1024;
+const LEAST: usize = 32 * 1024;
 
 /// On a long path, no more is on the way than is delivered in this time and two round trips. Less would be felt less,
 /// but a path whose round trip varies, as a mobile one does, would be kept from its rate by it.
@@ -29,6 +29,10 @@ const LONGEST_QUEUE: Duration = Duration::from_millis(150);
 const FAST: usize = 12_500_000;
 
 const ONE_SECOND: Duration = Duration::from_secs(1);
+
+/// The present rate is measured over at least so long, and four round trips: behind a lost segment, two round trips'
+/// worth arrives at once.
+const SAMPLE: Duration = Duration::from_millis(200);
 
 /// For so long a rate is remembered, and up to twice as long.
 const REMEMBERED: Duration = Duration::from_secs(2);
@@ -69,6 +73,8 @@ pub(super) struct Window {
     /// The best rates of the present and of the last time, bytes per second.
     rates: [usize; 2],
     rates_since: Option<Instant>,
+    /// What was delivered, in what time, since the last of them.
+    sample: (u64, Duration),
     probe: Option<Probe>,
     span: Option<Span>,
     min_round_trip: Duration,
@@ -99,6 +105,7 @@ impl Window {
             turn: usize::MAX,
             rates: [0; 2],
             rates_since: None,
+            sample: (0, Duration::ZERO),
             probe: None,
             span: None,
             min_round_trip: Duration::MAX,
@@ -131,7 +138,7 @@ impl Window {
     pub(super) fn attached(&mut self) {
         (self.probe, self.span, self.sampled) = (None, None, None);
         (self.limit, self.turn) = (self.size, usize::MAX);
-        (self.rates, self.rates_since) = ([0; 2], None);
+        (self.rates, self.rates_since, self.sample) = ([0; 2], None, (0, Duration::ZERO));
         self.min_round_trip = Duration::MAX;
     }
 
@@ -175,23 +182,28 @@ impl Window {
         let times = if is_long && product(delivered, time, ONE_SECOND) > FAST { 4 } else { 2 };
         let wanted = held.saturating_mul(times).min(self.size.saturating_mul(4));
         self.size = self.size.max(wanted.min(self.ceiling));
-        (self.limit, self.turn) = (self.size, usize::MAX);
         if is_long {
-            self.follow_down(now, product(delivered, time, ONE_SECOND));
+            self.follow_down(now, delivered, time);
+        } else {
+            (self.limit, self.turn) = (self.size, usize::MAX);
         }
     }
 
-    /// So many bytes per second are delivered at present.
-    fn follow_down(&mut self, now: Instant, rate: usize) {
-        if self.rates_since.is_none_or(|since| now.saturating_duration_since(since) >= REMEMBERED) {
-            self.rates = [0, self.rates[0]];
-            self.rates_since = Some(now);
+    /// So much was delivered in this time, on a long path: the latest rate counts, and the best of the last seconds.
+    fn follow_down(&mut self, now: Instant, delivered: u64, time: Duration) {
+        self.sample = (self.sample.0 + delivered, self.sample.1 + time);
+        if self.sample.1 >= SAMPLE.max(self.min_round_trip.saturating_mul(4)) {
+            if self.rates_since.is_none_or(|since| now.saturating_duration_since(since) >= REMEMBERED) {
+                self.rates = [0, self.rates[0]];
+                self.rates_since = Some(now);
+            }
+            let (delivered, time) = std::mem::take(&mut self.sample);
+            self.rates[0] = self.rates[0].max(product(delivered, time, ONE_SECOND));
         }
-        self.rates[0] = self.rates[0].max(rate);
-        let best = self.rates[0].max(self.rates[1]) as u64;
+        let rate = self.rates[0].max(self.rates[1]).max(product(delivered, time, ONE_SECOND)) as u64;
         let horizon = self.min_round_trip.saturating_mul(2).saturating_add(LONGEST_QUEUE);
-        self.limit = product(best, ONE_SECOND, horizon).max(LEAST).min(self.size);
-        self.turn = product(best, ONE_SECOND, TURN_TIME).max(MIN_TURN);
+        self.limit = product(rate, ONE_SECOND, horizon).max(LEAST).min(self.size);
+        self.turn = product(rate, ONE_SECOND, TURN_TIME).max(MIN_TURN);
     }
 
     /// How long the oldest probe has waited.
