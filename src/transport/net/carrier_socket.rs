@@ -1,7 +1,7 @@
 //! The socket below a carrier: TCP whose queue in the kernel stays short.
 //!
 //! Owns how much the kernel may hold that it has not sent yet. Does not know what flows. Invariant: the limit follows
-//! what the socket takes; a socket that is written to less than once in a while keeps the limit it has.
+//! what the socket takes; a pause at most halves it.
 //!
 //! What lies unsent in the kernel can no longer be put in order, so that it should be little. But congestion control
 //! learns what a path carries only while the kernel has something to send: bbr never leaves its start-up, in which it

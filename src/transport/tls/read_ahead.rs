@@ -43,7 +43,7 @@ impl<S> ReadAhead<S> {
         &self.io
     }
 
-    /// The stream below, which shall not be read from.
+    /// The stream below, for its options: what is read from it is lost to TLS.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.io
     }
