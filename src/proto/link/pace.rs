@@ -137,8 +137,7 @@ impl Window {
     /// A new carrier is a new path.
     pub(super) fn attached(&mut self) {
         (self.probe, self.span, self.sampled) = (None, None, None);
-        (self.limit, self.turn) = (self.size, usize::MAX);
-        (self.rates, self.rates_since, self.sample) = ([0; 2], None, (0, Duration::ZERO));
+        self.forget_rate();
         self.min_round_trip = Duration::MAX;
     }
 
@@ -170,9 +169,18 @@ impl Window {
             self.span = Some(Span { since: now, acknowledged: position });
         }
         if all {
-            // What comes next may come much later.
+            // What comes next may come much later, and there is no queue.
             self.span = None;
+            if self.turn < usize::MAX {
+                self.forget_rate();
+            }
         }
+    }
+
+    /// The present rate is not known: the window is the only limit.
+    fn forget_rate(&mut self) {
+        (self.limit, self.turn) = (self.size, usize::MAX);
+        (self.rates, self.rates_since, self.sample) = ([0; 2], None, (0, Duration::ZERO));
     }
 
     /// So much was delivered in this time.
@@ -324,6 +332,10 @@ mod tests {
         assert_eq!((window.size(), window.limit()), (1_006_000, 100_000), "a quarter of a second");
         let now = long_path(20_000, &mut window, now);
         assert_eq!(window.limit(), LEAST);
+        // A direction that rested has no queue, and begins with all of its window.
+        let mut rested = Window { limit: window.limit, turn: window.turn, ..Window::new(1_006_000, 32 * 1024 * KIB) };
+        rested.acknowledged(now, 0, true);
+        assert_eq!(rested.limit(), rested.size());
         // And better: what is allowed grows with each round trip.
         long_path(10_000_000, &mut window, now);
         assert_eq!(window.limit(), 1_006_000);
