@@ -37,6 +37,8 @@ impl Xrdp {
         let dir = lab.dir.display().to_string();
         let edits = [
             ("LogFile=xrdp-sesman.log", format!("LogFile={dir}/sesman.log")),
+            // Displays to choose from: more than the stories that were killed can have left as taken.
+            ("MaxSessions=50", "MaxSessions=1000".to_owned()),
             ("LogFile=xrdp.log", format!("LogFile={dir}/xrdp.log")),
             ("port=3389", format!("port=tcp://127.0.0.1:{PORT}")),
             ("autorun=", "autorun=Xorg".to_owned()),
@@ -90,12 +92,14 @@ impl User {
 
 impl Drop for User {
     fn drop(&mut self) {
+        // In good order first: an X server that is killed leaves its socket, and its display counts as taken for ever.
         let own = self.id.to_string();
-        run(Command::new("pkill").args(["-KILL", "-u", &own]));
+        run(Command::new("pkill").args(["-TERM", "-u", &own]));
         let begun = Instant::now();
         while run(Command::new("pgrep").args(["-u", &own])).status.success() && begun.elapsed() < PATIENCE {
             sleep(Duration::from_millis(50));
         }
+        run(Command::new("pkill").args(["-KILL", "-u", &own]));
         run(Command::new("userdel").args(["--remove", "--force", &self.name]));
     }
 }

@@ -61,14 +61,17 @@ impl User {
 
 impl Drop for User {
     fn drop(&mut self) {
-        let _ = output(Command::new("pkill").args(["-KILL", "-u", &self.id.to_string()]));
+        // In good order first: an X server that is killed leaves its socket, and its display counts as taken for ever.
+        let id = self.id.to_string();
+        let _ = output(Command::new("pkill").args(["-TERM", "-u", &id]));
         let is_gone = || {
-            let own = output(Command::new("pgrep").args(["-u", &self.id.to_string(), "-r", "R,S,D,T"]));
+            let own = output(Command::new("pgrep").args(["-u", &id, "-r", "R,S,D,T"]));
             (!own.status.success()).then_some(())
         };
         if !std::thread::panicking() {
             eventually("the user's processes to end", is_gone);
         }
+        let _ = output(Command::new("pkill").args(["-KILL", "-u", &id]));
         let _ = output(Command::new("userdel").args(["--remove", "--force", &self.name]));
     }
 }
@@ -94,6 +97,8 @@ impl Xrdp {
         let folder = scratch.path().display().to_string();
         let edits = [
             ("/etc/xrdp/sesman.ini", "LogFile=xrdp-sesman.log", format!("LogFile={folder}/sesman.log")),
+            // Displays to choose from: more than the stories that were killed can have left as taken.
+            ("/etc/xrdp/sesman.ini", "MaxSessions=50", "MaxSessions=1000".to_owned()),
             ("/etc/xrdp/xrdp.ini", "LogFile=xrdp.log", format!("LogFile={folder}/xrdp.log")),
             ("/etc/xrdp/xrdp.ini", "port=3389", format!("port=tcp://127.0.0.1:{port}")),
             ("/etc/xrdp/xrdp.ini", "autorun=", "autorun=Xorg".to_owned()),
