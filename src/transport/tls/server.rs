@@ -91,6 +91,11 @@ impl ServerTls {
             .map_err(TlsError::Setup)?
             .with_client_cert_verifier(any)
             .with_cert_resolver(self.live.clone());
+        // A ticket would be the first thing that an accepted client has to read, and it comes while the client writes its
+        // request: programs that read and write one OpenSSL connection from two threads (Python's `websockets.sync`
+        // does) lose the request then, and one that closes without reading resets what it wrote last. A session that
+        // is resumed saves no round trip in TLS 1.3, only the certificate.
+        config.send_tls13_tickets = 0;
         if alpn == Alpn::Http {
             config.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
         }

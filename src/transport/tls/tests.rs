@@ -44,6 +44,17 @@ async fn a_trusted_server_is_spoken_to_with_tls_1_3_and_post_quantum_keys() {
 }
 
 #[tokio::test]
+async fn a_client_has_nothing_to_read_until_it_is_answered() {
+    let authority = Authority::new();
+    let (client, server) = handshake(&authority.client(), "hub.test", &authority.server(&["hub.test"])).await;
+    let (mut client, mut server) = (client.unwrap(), server.unwrap());
+    server.write_all(b"!").await.unwrap();
+    server.flush().await.unwrap();
+    assert_eq!(client.read_u8().await.unwrap(), b'!');
+    assert_eq!(client.get_ref().1.tls13_tickets_received(), 0);
+}
+
+#[tokio::test]
 async fn http_2_is_never_spoken() {
     let authority = Authority::new();
     let acceptor = authority.server(&["hub.test"]).acceptor(Alpn::Http).unwrap();
