@@ -419,7 +419,7 @@ where
 
 #[cfg(test)]
 mod tests {
-    use futures_util::{SinkExt as _, StreamExt as _};
+    use futures_util::{SinkExt as _, StreamExt as _, future::poll_immediate};
     use tokio::io::DuplexStream;
     use tokio_tungstenite::{
         WebSocketStream,
@@ -427,6 +427,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::transport::tls::testing::Hoard;
 
     type Client = WebSocketStream<DuplexStream>;
 
@@ -552,5 +553,21 @@ mod tests {
             _ = async { one.send(Message::binary("x")).await.unwrap(); other.next().await } => {}
         }
         assert!(relay.to_device.buffer.is_none() && relay.to_service.buffer.is_none());
+    }
+
+    #[tokio::test]
+    async fn tls_holds_one_buffer_while_the_kernel_takes_none() {
+        let (service, mut one) = leg(1 << 20).await;
+        one.send(Message::binary(vec![7; 500_000])).await.unwrap();
+        let mut relay =
+            Relay::new(service, Leg::new(Hoard::default(), bytes::Bytes::new()), BufferPool::default(), counters());
+        {
+            let mut run = std::pin::pin!(relay.run());
+            for _ in 0..100 {
+                assert!(poll_immediate(run.as_mut()).await.is_none());
+            }
+        }
+        let held = relay.device.io.held;
+        assert!((1..=MAX_PAYLOAD_OUT + 10).contains(&held), "{held} bytes wait in TLS, where nothing overtakes them");
     }
 }

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use futures_util::future::poll_immediate;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::{
     WebSocketStream,
@@ -7,6 +8,7 @@ use tokio_tungstenite::{
 };
 
 use super::*;
+use crate::transport::tls::testing::Hoard;
 
 type Duplex = Carrier<DuplexStream>;
 
@@ -322,4 +324,17 @@ async fn a_connection_that_is_reset_in_mid_message_is_lost() {
         }
     };
     assert!(matches!(error, CarrierError::Lost(_)), "{error}");
+}
+
+#[tokio::test]
+async fn tls_holds_one_message_while_the_kernel_takes_none() {
+    let mut client = Carrier::new(Hoard::default(), Bytes::new(), End::Client, QUIET);
+    for _ in 0..1000 {
+        if poll_immediate(client.write_all(&[7; 1000])).await.is_none() {
+            break;
+        }
+        assert!(poll_immediate(client.flush()).await.is_none());
+    }
+    let held = client.io.held;
+    assert!((1000..MAX_MESSAGE + 14).contains(&held), "{held} bytes wait in TLS, where nothing overtakes them");
 }

@@ -1,8 +1,15 @@
-//! Certificates for tests: a fresh authority per test, and servers that it vouches for.
+//! Certificates for tests: a fresh authority per test, and servers that it vouches for. And what TLS does when the
+//! kernel takes nothing.
 
-use std::path::PathBuf;
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, IsCa, KeyPair};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{ClientCertificate, ClientTls, ServerTls, Trust};
 
@@ -86,4 +93,32 @@ fn common_name(name: &str) -> DistinguishedName {
     let mut distinguished = DistinguishedName::new();
     distinguished.push(DnType::CommonName, name);
     distinguished
+}
+
+/// TLS above a kernel that takes nothing: whatever is written is held, a flush waits for ever, nothing comes.
+#[derive(Debug, Default)]
+pub(crate) struct Hoard {
+    /// Bytes taken so far, which all wait.
+    pub held: usize,
+}
+
+impl AsyncRead for Hoard {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Hoard {
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.held += bytes.len();
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
 }
