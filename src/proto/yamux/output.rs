@@ -29,6 +29,7 @@ impl Core {
     /// Appends what should be sent, at most `most` bytes; false when there is nothing. A path on which a [`TURN`] takes
     /// long wants shorter ones.
     pub fn poll_turn(&mut self, now: Instant, out: &mut BytesMut, most: usize) -> bool {
+        self.schedule.follow_turn(most);
         let start = out.len();
         let room = |out: &BytesMut| most.saturating_sub(out.len() - start);
         while room(out) >= HEADER && self.transmit_control(now, out) {}

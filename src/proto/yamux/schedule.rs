@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 
-/// Bytes a channel may send per round: two full frames, so that the other end gets half a turn's worth for one wake-up
-/// of a flow, and a round over 16 bulk flows is 512 KiB. A channel that sends less than this per round always goes
-/// first.
+/// Bytes a channel may send per round where turns are whole: two full frames, so that the other end gets half a turn's
+/// worth for one wake-up of a flow, and a round over 16 bulk flows is 512 KiB. A channel that sends less than this per
+/// round always goes first.
 pub(super) const QUANTUM: i32 = 32 * 1024;
+/// At least this, however short turns are: a round must get somewhere.
+const MIN_QUANTUM: i32 = 2 * 1024;
 
 /// Where a channel waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -30,13 +32,27 @@ pub(super) struct Turn {
 }
 
 /// The two lists, of slots.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Schedule {
     fresh: VecDeque<u32>,
     old: VecDeque<u32>,
+    /// Bytes a channel may send per round.
+    quantum: i32,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self { fresh: VecDeque::new(), old: VecDeque::new(), quantum: QUANTUM }
+    }
 }
 
 impl Schedule {
+    /// A turn is of so many bytes now. Where that is little because the path is slow, a channel that has just become
+    /// active goes first with no more than one: several of them are ahead of a keystroke.
+    pub(super) fn follow_turn(&mut self, bytes: usize) {
+        self.quantum = i32::try_from(bytes).unwrap_or(QUANTUM).clamp(MIN_QUANTUM, QUANTUM);
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.fresh.is_empty() && self.old.is_empty()
     }
@@ -44,7 +60,7 @@ impl Schedule {
     /// The channel has something new to send.
     pub(super) fn activate(&mut self, slot: u32, turn: &mut Turn) {
         if turn.place == Place::Nowhere {
-            *turn = Turn { place: Place::Fresh, deficit: QUANTUM, parked: false };
+            *turn = Turn { place: Place::Fresh, deficit: self.quantum, parked: false };
             self.fresh.push_back(slot);
         } else if turn.parked && turn.deficit > 0 {
             // What is left of its share of this round it may have at once: a keystroke does not wait for bulk only
@@ -70,13 +86,15 @@ impl Schedule {
 
     /// Judges the head: true if it may send now. Otherwise it went elsewhere, and there is another head.
     pub(super) fn may_send(&mut self, slot: u32, turn: &mut Turn, sendable: bool) -> bool {
+        // Turns may have become shorter since it got its share.
+        turn.deficit = turn.deficit.min(self.quantum);
         if turn.deficit > 0 && sendable {
             return true;
         }
         self.pop(turn.place);
         turn.parked = false;
         if turn.deficit <= 0 {
-            turn.deficit += QUANTUM;
+            turn.deficit += self.quantum;
             turn.place = Place::Old;
             self.old.push_back(slot);
         } else if turn.place == Place::Fresh && !self.old.is_empty() {

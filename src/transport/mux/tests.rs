@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Context;
 use std::time::Duration;
 
@@ -402,16 +402,17 @@ async fn a_thousand_channels_echo_and_leave_nothing_behind() {
     }
 }
 
-/// A pipe that takes no turn until it is told to.
+/// A pipe that takes turns of at most so many bytes, and none as long as that is 0.
 struct Gate {
     pipe: DuplexStream,
-    open: Arc<AtomicBool>,
+    turn: Arc<AtomicUsize>,
 }
 
 impl Tunnel for Gate {
     fn poll_turn(self: Pin<&mut Self>, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
-        if self.open.load(Ordering::SeqCst) {
-            return Pin::new(&mut self.get_mut().pipe).poll_turn(cx, most);
+        let turn = self.turn.load(Ordering::SeqCst);
+        if turn > 0 {
+            return Pin::new(&mut self.get_mut().pipe).poll_turn(cx, most.min(turn));
         }
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -438,10 +439,11 @@ impl AsyncWrite for Gate {
     }
 }
 
-#[tokio::test]
-async fn a_keystroke_overtakes_what_waits_for_the_tunnel() {
-    let ((pipe, mut far), open) = (duplex(1024 * 1024), Arc::new(AtomicBool::new(false)));
-    let (mux, _incoming, driver) = start(Gate { pipe, open: open.clone() }, MuxOptions::new(Role::Client));
+/// Where a keystroke comes among 60,000 bytes of bulk on another channel that were written before it, through a pipe
+/// that takes turns of `before` and, once it is written, of `after` bytes.
+async fn place_of_a_keystroke(capacity: usize, before: usize, after: usize) -> usize {
+    let ((pipe, mut far), turn) = (duplex(capacity), Arc::new(AtomicUsize::new(before)));
+    let (mux, _incoming, driver) = start(Gate { pipe, turn: turn.clone() }, MuxOptions::new(Role::Client));
     let mut drivers = JoinSet::new();
     drivers.spawn(driver);
     let (mut bulk, mut shell) = (mux.open().await.unwrap(), mux.open().await.unwrap());
@@ -452,11 +454,23 @@ async fn a_keystroke_overtakes_what_waits_for_the_tunnel() {
     }
     bulk.flush().await.unwrap();
     shell.write_all(b"l").await.unwrap();
-    open.store(true, Ordering::SeqCst);
+    turn.store(after, Ordering::SeqCst);
     let mut heard = vec![0; 60_000];
     far.read_exact(&mut heard).await.unwrap();
     // A data frame of one byte on the second channel: version, type, flags, channel, length (yamux's specification).
     let frame = [0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, b'l'];
-    let at = heard.windows(frame.len()).position(|bytes| bytes == frame);
-    assert!(at.is_some_and(|at| at < 40_000), "the keystroke came at {at:?}");
+    heard.windows(frame.len()).position(|bytes| bytes == frame).unwrap_or(heard.len())
+}
+
+#[tokio::test]
+async fn a_keystroke_overtakes_what_waits_for_the_tunnel() {
+    let at = place_of_a_keystroke(1024 * 1024, 0, 65_280).await;
+    assert!(at < 40_000, "the keystroke came at {at}");
+}
+
+#[tokio::test]
+async fn where_turns_are_short_a_keystroke_waits_for_no_more_than_one() {
+    // One turn fills the pipe, the next waits for it.
+    let at = place_of_a_keystroke(4096, 4096, 4096).await;
+    assert!(at < 3 * 4096, "the keystroke came at {at}");
 }
