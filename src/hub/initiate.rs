@@ -64,7 +64,8 @@ pub(in crate::hub) async fn initiate(hub: &HubShared, wish: &Initiation) -> Resu
     };
     let waited_for = began + wish.connect + wish.response + limits.stream_handshake_timeout;
     let random = [random::bytes(), random::bytes(), random::bytes()];
-    let reservation = hub.bridges.reserve(about, random, waited_for, &limits).map_err(|full| too_many(hub, full))?;
+    let reservation =
+        hub.bridges.reserve(about.clone(), random, waited_for, &limits).map_err(|full| too_many(hub, full))?;
     let invitation = Invitation {
         stream: wish.stream.clone(),
         url: url(hub, &wish.identity, &reservation.sid, Side::Device),
@@ -88,7 +89,13 @@ pub(in crate::hub) async fn initiate(hub: &HubShared, wish: &Initiation) -> Resu
     let url = url(hub, &wish.identity, &reservation.sid, Side::Service);
     let token = reservation.service.token().clone();
     let expires = (began + limits.stream_handshake_timeout).max(Instant::now() + LEGS_AFTER_ANSWER);
-    reservation.accepted(admission, expires);
+    reservation.accepted(admission.clone(), expires);
+    // Only now does a revocation find the bridge; one that came before has missed it, and the control session of who is
+    // revoked may live for another second.
+    if !hub.admits_bridge(&about, Some(&admission)) {
+        return Err(ApiError::DeviceNotOnline { timeout: wish.connect });
+    }
+    reservation.keep();
     Ok(Outcome::Accepted { url, token })
 }
 

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    bridge::Bridges,
+    bridge::{About, Bridges},
     control::Sessions,
     courier::Courier,
     limits::Newcomers,
@@ -127,21 +127,20 @@ impl HubShared {
     pub(in crate::hub) async fn enforce_revocations(&self) {
         let (mut registry, mut config) = (self.registry.changes(), self.config.subscribe());
         loop {
-            self.bridges.end_unless(|about, device| {
-                let service = self.admits_policy(
-                    &about.policy,
-                    &about.policy_key,
-                    Rights::SERVICE_CONNECT,
-                    &about.identity.device,
-                );
-                service && device.is_none_or(|admission| self.admits_device(&about.identity, admission))
-            });
+            self.bridges.end_unless(|about, device| self.admits_bridge(about, device));
             // Neither sender can be dropped while `self` is borrowed.
             tokio::select! {
                 _ = registry.changed() => {}
                 _ = config.changed() => {}
             }
         }
+    }
+
+    /// True while both sides of a bridge would be admitted again.
+    pub(in crate::hub) fn admits_bridge(&self, about: &About, device: Option<&Admission>) -> bool {
+        let About { identity, policy, policy_key, .. } = about;
+        self.admits_policy(policy, policy_key, Rights::SERVICE_CONNECT, &identity.device)
+            && device.is_none_or(|admission| self.admits_device(identity, admission))
     }
 
     /// True while `identity` is registered and enabled, and `admission` would be accepted again.

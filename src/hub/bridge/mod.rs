@@ -9,6 +9,7 @@ mod relay;
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -160,13 +161,17 @@ impl Drop for Reservation {
 
 impl Reservation {
     /// The device accepted: both legs may still come until `expires`.
-    pub(in crate::hub) fn accepted(mut self, admission: Admission, expires: Instant) {
-        self.kept = true;
+    pub(in crate::hub) fn accepted(&self, admission: Admission, expires: Instant) {
         if let Some(entry) = self.bridges.lock().bridges.get_mut(&self.sid) {
             entry.device_admission = Some(admission);
             // The inbox has room for this one message beside both legs.
             let _ = entry.inbox.try_send(ToBridge::Expires(expires));
         }
+    }
+
+    /// The bridge lives on by itself.
+    pub(in crate::hub) fn keep(mut self) {
+        self.kept = true;
     }
 }
 
@@ -324,7 +329,7 @@ impl Life {
     async fn run(self, legs: mpsc::Receiver<ToBridge>, stop: watch::Receiver<Option<Stop>>, expires: Instant) {
         let _forget = Forget { bridges: self.bridges.clone(), sid: self.sid.clone() };
         let mut stop = stop;
-        match pair(legs, &mut stop, expires).await {
+        match pair(legs, &mut stop, expires, &self.bridges.inner.pool).await {
             Ok((service, device)) => self.relay(service, device, stop).await,
             Err((reason, waiting)) => self.abandon(reason, waiting).await,
         }
@@ -391,6 +396,7 @@ async fn pair(
     mut legs: mpsc::Receiver<ToBridge>,
     stop: &mut watch::Receiver<Option<Stop>>,
     mut expires: Instant,
+    pool: &BufferPool,
 ) -> Result<(BoxedLeg, BoxedLeg), (Unpaired, Vec<BoxedLeg>)> {
     let (mut service, mut device) = (None, None);
     let reason = loop {
@@ -403,6 +409,7 @@ async fn pair(
             },
             stop = stopped(stop) => break Unpaired::Stopped(stop),
             () = sleep_until(expires) => break Unpaired::TooLate,
+            never = wait(service.as_mut().or(device.as_mut()), pool) => match never {},
         }
         match (service.take(), device.take()) {
             (Some(service), Some(device)) => return Ok((service, device)),
@@ -410,6 +417,14 @@ async fn pair(
         }
     };
     Err((reason, service.into_iter().chain(device).collect()))
+}
+
+/// The life of a leg that is alone. No end.
+async fn wait(alone: Option<&mut BoxedLeg>, pool: &BufferPool) -> Infallible {
+    match alone {
+        Some(leg) => leg.wait(pool).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {

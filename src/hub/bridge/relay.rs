@@ -5,6 +5,7 @@
 //! a receiver may pause for ever.
 
 use std::{
+    convert::Infallible,
     io,
     ops::Range,
     pin::Pin,
@@ -63,6 +64,8 @@ pub(in crate::hub) struct Leg<S> {
     mid_frame: bool,
     unflushed: bool,
     ended: Option<Ended>,
+    /// What it said while it waited for the other leg.
+    said: Pipe,
 }
 
 /// How a leg ended.
@@ -132,13 +135,45 @@ pub(in crate::hub) enum Side {
     Device,
 }
 
+impl Counters {
+    fn count_to_device(&mut self, payload: u64) {
+        self.this.to_device += payload;
+        self.to_device.inc_by(payload);
+    }
+
+    fn count_to_service(&mut self, payload: u64) {
+        self.this.to_service += payload;
+        self.to_service.inc_by(payload);
+    }
+}
+
 // === impl Leg ===
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     /// A leg over a connection that has switched to WebSocket.
     pub(in crate::hub) fn new(io: S, early: bytes::Bytes) -> Self {
         let decoder = Decoder::new(End::Client);
-        Self { io, early, decoder, control: Vec::new(), mid_frame: false, unflushed: false, ended: None }
+        let (control, said) = (Vec::new(), Pipe::default());
+        Self { io, early, decoder, control, mid_frame: false, unflushed: false, ended: None, said }
+    }
+
+    /// Answers pings as long as the other leg is not there, and keeps one buffer of what this one says. No end.
+    pub(super) async fn wait(&mut self, pool: &BufferPool) -> Infallible {
+        std::future::poll_fn(|cx| self.poll_wait(cx, pool)).await
+    }
+
+    fn poll_wait(&mut self, cx: &mut Context<'_>, pool: &BufferPool) -> Poll<Infallible> {
+        let mut said = std::mem::take(&mut self.said);
+        if said.waiting().is_none() && self.ended.is_none() {
+            match self.poll_fill(cx, &mut said, pool) {
+                Poll::Ready(()) => cx.waker().wake_by_ref(),
+                Poll::Pending => said.release(pool),
+            }
+        }
+        self.said = said;
+        // What fails here fails again in the relay, which tells why.
+        let _ = poll_settle(cx, self, &mut Pipe::default());
+        Poll::Pending
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
@@ -285,6 +320,11 @@ impl Pipe {
         };
     }
 
+    /// The payload bytes that were not counted yet.
+    fn take_payload(&mut self) -> u64 {
+        std::mem::take(&mut self.payload) as u64
+    }
+
     fn waiting(&self) -> Option<&[u8]> {
         self.buffer.as_deref().map(|buffer| &buffer[self.out.clone()]).filter(|bytes| !bytes.is_empty())
     }
@@ -303,8 +343,13 @@ where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    pub(super) fn new(service: Leg<A>, device: Leg<B>, pool: BufferPool, counters: Counters) -> Self {
-        Self { service, device, to_device: Pipe::default(), to_service: Pipe::default(), pool, counters }
+    pub(super) fn new(mut service: Leg<A>, mut device: Leg<B>, pool: BufferPool, counters: Counters) -> Self {
+        let (to_device, to_service) = (std::mem::take(&mut service.said), std::mem::take(&mut device.said));
+        let mut relay = Self { service, device, to_device, to_service, pool, counters };
+        let (there, back) = (relay.to_device.take_payload(), relay.to_service.take_payload());
+        relay.counters.count_to_device(there);
+        relay.counters.count_to_service(back);
+        relay
     }
 
     /// Relays until one side ends; says which.
@@ -318,18 +363,11 @@ where
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Side> {
         let Self { service, device, to_device, to_service, pool, counters } = self;
-        let moved = &mut counters.this;
-        let there = poll_direction(cx, service, device, to_device, pool, |payload| {
-            moved.to_device += payload;
-            counters.to_device.inc_by(payload);
-        });
+        let there = poll_direction(cx, service, device, to_device, pool, |payload| counters.count_to_device(payload));
         if let Poll::Ready(end) = there {
             return Poll::Ready(end.side(Side::Service, Side::Device));
         }
-        let back = poll_direction(cx, device, service, to_service, pool, |payload| {
-            moved.to_service += payload;
-            counters.to_service.inc_by(payload);
-        });
+        let back = poll_direction(cx, device, service, to_service, pool, |payload| counters.count_to_service(payload));
         if let Poll::Ready(end) = back {
             return Poll::Ready(end.side(Side::Device, Side::Service));
         }
@@ -397,7 +435,7 @@ where
             pipe.release(pool);
             return Poll::Pending;
         }
-        count(std::mem::take(&mut pipe.payload) as u64);
+        count(pipe.take_payload());
     }
     cx.waker().wake_by_ref();
     Poll::Pending

@@ -71,9 +71,15 @@ async fn either_leg_may_come_first_and_talk_before_the_other_is_there() {
         let (first, second) = ((reply.url(), reply.token()), (asked.url, asked.auth));
         let (first, second) = if device_first { (second, first) } else { (first, second) };
         let mut early = hub.leg(&first.0, &first.1).await.unwrap();
-        send(&mut early, b"early").await;
+        early.send(Message::Ping("alone".into())).await.unwrap();
+        assert!(matches!(early.next().await, Some(Ok(Message::Pong(payload))) if payload == "alone"));
+        send(&mut early, &[b'e'; 100_000]).await;
+        early.send(Message::Ping("behind".into())).await.unwrap();
         let mut late = hub.leg(&second.0, &second.1).await.unwrap();
-        assert_eq!(next(&mut late).await.unwrap(), b"early");
+        assert!(receive(&mut late, 100_000).await == [b'e'; 100_000]);
+        assert!(matches!(early.next().await, Some(Ok(Message::Pong(payload))) if payload == "behind"));
+        send(&mut late, b"and back").await;
+        assert_eq!(next(&mut early).await.unwrap(), b"and back");
     }
     hub.stopped().await;
 }
@@ -240,6 +246,24 @@ async fn revocation_ends_bridges_at_once() {
     hub.handle.reconfigure(config).unwrap();
     assert_eq!(closed(&mut service_leg).await, (1008, "revoked".into()));
     drop((service_leg, device_leg));
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn who_is_revoked_while_a_stream_is_initiated_gets_none() {
+    let hub = TestHub::start().await;
+    let mut device = hub.device("pump").await;
+    let answer = async {
+        let asked = device.asked().await;
+        // The first change is looked at immediately by the control session, the next one a second later.
+        hub.register("kiosk").await;
+        assert_eq!(hub.put("pump", r#","status":"disabled""#, Some("*")).await.status, 200);
+        device.publish(&format!("$iothub/streams/res/200/?$rid={}", asked.rid)).await;
+        asked
+    };
+    let (reply, asked) = tokio::join!(hub.initiate("/twins/pump/streams/ssh", "5", "5"), answer);
+    assert_eq!(reply.status, 404, "{}", reply.body);
+    assert_eq!(hub.leg(&asked.url, &asked.auth).await.err(), Some(401), "its bridge is gone");
     hub.stopped().await;
 }
 
