@@ -86,6 +86,14 @@ impl Retry {
         (self.quick, self.refused) = (0, 0);
     }
 
+    /// The delay before the next session after one that ended by itself: none after a healthy one. Who evicts or ends us
+    /// right after the hello is not asked again without a pause.
+    pub fn after_session(&mut self, lifetime: Duration) -> Option<Next> {
+        self.lived(lifetime);
+        let pause = || Next { delay: self.backoff.next_delay(random_u64()), at_least: Duration::ZERO };
+        (lifetime < HEALTHY).then(pause)
+    }
+
     /// Notes that a session ended after this long; a healthy one starts the schedule anew.
     pub fn lived(&mut self, lifetime: Duration) {
         if lifetime >= HEALTHY {
@@ -139,6 +147,20 @@ mod tests {
         retry.succeeded();
         retry.lived(Duration::from_secs(2));
         assert!((0..REFUSED_ATTEMPTS).all(|_| retry.after(Failure::Refused, true).delay <= REFUSED_CEILING));
+    }
+
+    #[test]
+    fn sessions_that_do_not_live_are_made_ever_less_often() {
+        let mut retry = Retry::default();
+        let mut paused = Duration::ZERO;
+        for _ in 0..40 {
+            retry.succeeded();
+            paused += retry.after_session(Duration::from_millis(5)).unwrap().delay;
+        }
+        // Full jitter below 60 s most of the time: half of the mean, five standard deviations below it.
+        assert!(paused > Duration::from_secs(500), "{paused:?}");
+        assert_eq!(retry.after_session(HEALTHY), None);
+        assert!(retry.after_session(Duration::ZERO).unwrap().delay <= BASE);
     }
 
     #[test]

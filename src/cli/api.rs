@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     auth::{ConnectionString, Credential, Owner, sas},
-    base::{Secret, Utc},
+    base::{Secret, Utc, printable},
     transport::{
         dial::{Dialer, ProxyRules},
         http::{HttpRequest, HttpResponse, Url, request},
@@ -132,10 +132,13 @@ fn refusal(answer: &HttpResponse) -> anyhow::Error {
     let inner: Value = serde_json::from_str(message).unwrap_or_default();
     let words = inner["message"].as_str().unwrap_or(message);
     let hint = match answer.status {
+        StatusCode::UNAUTHORIZED if words.contains("needed: ") => {
+            " (use the connection string of a policy that has this right: on the hub's machine, owner.connection)"
+        }
         StatusCode::UNAUTHORIZED => " (is the connection string this hub's, and this machine's clock right?)",
         _ => "",
     };
-    anyhow!("the hub refuses: {} {}{hint}", answer.status.as_u16(), words.escape_debug())
+    anyhow!("the hub refuses: {} {}{hint}", answer.status.as_u16(), printable(words))
 }
 
 #[cfg(test)]

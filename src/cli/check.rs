@@ -24,6 +24,9 @@ pub(super) async fn run(args: &CheckArgs) -> Outcome {
     let mut broken: Option<LoadError> = None;
     for given in &args.files {
         let file = main_file(given);
+        if let Err(error) = std::fs::metadata(&file) {
+            return Err(Failure::config(anyhow!("{}: {error}", file.display())));
+        }
         let Some(role) = args.role.or_else(|| role_of(&file)) else {
             let unknown = anyhow!("{}: whose file is it? Say --role hub, device or service", given.display());
             return Err(Failure::usage(unknown));

@@ -60,7 +60,9 @@ pub(super) fn run(args: &InitArgs) -> Outcome {
     let made = init(&plan)?;
     println!("The hub's files are in {}. Start it with:\n", plan.dir.display());
     println!("    culvert hub --config {}\n", made.config.display());
-    println!("Register devices on this machine with: culvert registry add DEVICE");
+    let owner = plan.dir.join(OWNER_FILE);
+    println!("Register devices on this machine with:\n");
+    println!("    culvert registry add DEVICE --connection-string-file {}\n", owner.display());
     if plan.given.is_none() {
         println!("Devices and services need the authority's certificate: {}", plan.dir.join(CA_FILE).display());
     }

@@ -30,12 +30,14 @@ use crate::{
         hello::{
             HelloError, InstanceId, LinkControl, LinkId, LinkTable, LocalHello, PeerHello, Received, Session, receive,
         },
-        mux::{Mux, Role},
+        mux::{Mux, MuxError, Role},
     },
 };
 
 /// How long channels have to notice that their mux is gone; they only have to close their sockets.
 const CHANNELS_END: Duration = Duration::from_secs(5);
+/// What a service daemon hears whose place was taken by another one that says it is the same.
+const TWIN: &str = "another service daemon with the same instance ID took its place; was its state_dir copied?";
 /// How long a goodbye may take when the daemon stops.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -191,6 +193,8 @@ impl MuxLegs {
             if old.who == entry.who {
                 // It restarted, or gave the earlier one up without a way to say so: it keeps one per device.
                 debug!("a service daemon begins anew; its earlier device stream ends");
+                // Heard only by a daemon that lives, which then has a twin.
+                old.link.iter().for_each(|link| link.close(TWIN));
                 old.end.cancel();
             }
         }
@@ -221,8 +225,10 @@ impl MuxLegs {
                 Some(_) = channels.join_next(), if !channels.is_empty() => {}
             }
         };
-        if let Some(Err(_)) = ended {
-            // The hub may hold the other end of a carrier that broke here.
+        let is_over = link.as_ref().is_some_and(|link| link.end().is_some());
+        if matches!(ended, Some(Err(MuxError::Io(_)))) && !is_over {
+            // The hub may hold the other end of a carrier that broke here. Where the link or the mux ended for a reason of
+            // its own, the last words are on their way, and this would overtake them.
             self.report_lost(key);
         }
         if ended.is_none() {

@@ -23,7 +23,7 @@ use crate::{
     transport::{mux::Channel, net::Socket},
 };
 
-use super::verdict::RefusedByDevice;
+use super::verdict::{RefusedByDevice, Unanswered};
 
 /// Bytes read at once: one message of the carrier. The buffer belongs to the thread, not to the flow, so that an
 /// idle flow holds none.
@@ -251,11 +251,13 @@ impl<A: Abort, B: Abort> Flow<A, B> {
 
 impl Failure {
     fn reason(&self) -> Reason {
-        let refused = self.error.get_ref().and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
+        let inner = self.error.get_ref();
+        let refused = inner.and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
         match (self.side, refused) {
             (None, _) => Reason::Stopped,
             (_, Some(refused)) => Reason::Refused(refused.verdict),
             (Some(Side::Local), _) => Reason::LocalReset,
+            (Some(Side::Far), _) if inner.is_some_and(|inner| inner.is::<Unanswered>()) => Reason::Unavailable,
             (Some(Side::Far), _) if self.error.kind() == io::ErrorKind::ConnectionAborted => Reason::SessionLost,
             (Some(Side::Far), _) => Reason::PeerReset,
         }

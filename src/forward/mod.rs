@@ -16,7 +16,7 @@ pub use inlet::{Connector, FarSide, Inlet, InletDeps, OpenFailure, Opened};
 pub use metrics::{ForwardMetrics, TargetMetrics};
 pub use outlet::{Dialled, Outlet, OutletError, serve_channel};
 pub use plan::{Running, Step, plan};
-pub use verdict::{RefusedByDevice, Verdicted};
+pub use verdict::{RefusedByDevice, Unanswered, Verdicted};
 
 use crate::{config::ListenAddress, transport::net::Endpoint};
 

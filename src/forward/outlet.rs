@@ -46,7 +46,10 @@ pub enum OutletError {
     #[error("this device has no target {0:?}; its device.toml names the targets it has")]
     Unknown(Name),
     /// The policy is not among the target's.
-    #[error("target {target} is not allowed for policy {policy:?}; see `policies` of the target in device.toml")]
+    #[error(
+        "target {target} is not allowed for {}; see `policies` of the target in device.toml",
+        policy.as_ref().map_or_else(|| "a service without a policy".into(), |policy| format!("policy {policy}"))
+    )]
     NotAllowed {
         /// The target.
         target: Name,

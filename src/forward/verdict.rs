@@ -9,7 +9,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep_until},
+};
 
 use super::flow::Abort;
 use crate::{
@@ -37,16 +40,34 @@ impl fmt::Display for RefusedByDevice {
 
 impl std::error::Error for RefusedByDevice {}
 
+/// The device said nothing in time; why, as far as it is known. Carried inside an [`io::Error`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unanswered(String);
+
 /// A channel that reads its verdict before its data; data may be written at once.
 pub struct Verdicted<C> {
     channel: C,
     head: Option<Vec<u8>>,
+    limit: Option<Limit>,
+}
+
+/// How long the verdict is waited for, and what is said then.
+struct Limit {
+    at: Pin<Box<Sleep>>,
+    why: Box<dyn Fn() -> String + Send>,
 }
 
 impl<C: AsyncRead + Unpin> Verdicted<C> {
     /// A channel whose header has been written.
     pub fn new(channel: C) -> Self {
-        Self { channel, head: Some(Vec::new()) }
+        Self { channel, head: Some(Vec::new()), limit: None }
+    }
+
+    /// Fails with [`Unanswered`] if the verdict has not come by then.
+    #[must_use]
+    pub fn until(self, deadline: Instant, why: impl Fn() -> String + Send + 'static) -> Self {
+        Self { limit: Some(Limit { at: Box::pin(sleep_until(deadline)), why: Box::new(why) }), ..self }
     }
 
     /// Waits for the verdict alone.
@@ -61,14 +82,17 @@ impl<C: AsyncRead + Unpin> Verdicted<C> {
                 if verdict != Verdict::Ok {
                     return Poll::Ready(Err(io::Error::other(RefusedByDevice { verdict, text })));
                 }
-                self.head = None;
+                (self.head, self.limit) = (None, None);
                 break;
             }
             // Three bytes tell the length of the rest.
             let wanted = head.get(2).map_or(3, |length| 3 + usize::from(*length)) - head.len();
             let mut bytes = [0; MAX_VERDICT];
             let mut buffer = ReadBuf::new(&mut bytes[..wanted]);
-            ready!(Pin::new(&mut self.channel).poll_read(cx, &mut buffer))?;
+            let Poll::Ready(read) = Pin::new(&mut self.channel).poll_read(cx, &mut buffer) else {
+                return self.poll_limit(cx).map(Err);
+            };
+            read?;
             if buffer.filled().is_empty() {
                 let text = "the device ended the channel without a verdict";
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionReset, text)));
@@ -76,6 +100,12 @@ impl<C: AsyncRead + Unpin> Verdicted<C> {
             head.extend_from_slice(buffer.filled());
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let Some(Limit { at, why }) = &mut self.limit else { return Poll::Pending };
+        ready!(at.as_mut().poll(cx));
+        Poll::Ready(io::Error::other(Unanswered(why())))
     }
 }
 
@@ -143,6 +173,24 @@ mod tests {
         far.write_all(&encoded(Verdict::Refused, "127.0.0.1:22\u{1b}[31m")).await.unwrap();
         let error = Verdicted::new(near).read_u8().await.unwrap_err();
         assert_eq!(error.to_string(), "the device answered refused: 127.0.0.1:22\\u{1b}[31m");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_verdict_is_waited_for_as_long_as_was_said_and_data_for_ever() {
+        let limit = Instant::now() + std::time::Duration::from_secs(30);
+        let (near, _far) = duplex(64);
+        let error = Verdicted::new(near).until(limit, || "it is offline".into()).read_u8().await.unwrap_err();
+        assert!(error.get_ref().unwrap().is::<Unanswered>());
+        assert_eq!((error.to_string().as_str(), Instant::now()), ("it is offline", limit));
+
+        let (near, mut far) = duplex(64);
+        far.write_all(&encoded(Verdict::Ok, "")).await.unwrap();
+        let mut channel = Verdicted::new(near).until(Instant::now(), || unreachable!("it answered"));
+        let late = async {
+            tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+            far.write_u8(7).await.unwrap();
+        };
+        assert_eq!(tokio::join!(channel.read_u8(), late).0.unwrap(), 7);
     }
 
     #[tokio::test]

@@ -29,7 +29,7 @@ use crate::{
     agent::{HubClient, PlainStream, control_socket::Reply},
     base::{Gate, Identity, Name, Pass, StreamName},
     config::{ForwardMode, ForwardRule, ServiceLimits},
-    forward::{Abort, Connector, OpenFailure, Opened, Reason, RefusedByDevice, Verdicted},
+    forward::{Abort, Connector, OpenFailure, Opened, Reason, RefusedByDevice, Unanswered, Verdicted},
     proto::open::OpenRequest,
     transport::{carrier::CarrierOptions, mux::Channel},
 };
@@ -78,13 +78,15 @@ impl ServiceConnector {
         Ok([own, all])
     }
 
-    /// Opens a channel to a target of a device and writes its header. Waits for the device until `deadline`.
+    /// Opens a channel to a target of a device and writes its header. Device stream and verdict together are waited for
+    /// as long as `limit`: a channel can be opened on a link that is detached for the moment, too.
     async fn open_channel(
         &self,
         device: &Identity,
         target: &Name,
-        deadline: Instant,
+        limit: Duration,
     ) -> Result<Verdicted<Channel>, OpenFailure> {
+        let deadline = Instant::now() + limit;
         let tunnel = self.tunnels.to(device);
         let mut header = BytesMut::new();
         OpenRequest::Target(target.clone()).encode(&mut header);
@@ -101,11 +103,16 @@ impl ServiceConnector {
                     continue;
                 };
                 if channel.write_all(&header).await.is_ok() && channel.flush().await.is_ok() {
-                    return Ok(Verdicted::new(channel));
+                    return Ok(channel);
                 }
             }
         };
-        timeout_at(deadline, open).await.unwrap_or_else(|_| Err(unavailable(&tunnel.why())))
+        let opened = timeout_at(deadline, open).await;
+        let channel = opened.unwrap_or_else(|_| Err(unavailable(&tunnel.why())))?;
+        let device = device.clone();
+        let why =
+            move || format!("no answer from {device} within {} s (device stream: {})", limit.as_secs(), tunnel.why());
+        Ok(Verdicted::new(channel).until(deadline, why))
     }
 
     async fn open_plain(&self, rule: &ForwardRule) -> Result<PlainStream, OpenFailure> {
@@ -133,20 +140,17 @@ impl ServiceConnector {
 
     /// Opens a far side and waits for the device's verdict, so that a refusal can still be told in words.
     async fn connect(&self, device: &Identity, target: &Name) -> Result<Held<Verdicted<Channel>>, OpenFailure> {
-        let deadline = Instant::now() + CONNECT_LIMIT;
         let passes = self.passes(device)?;
-        let mut channel = self.open_channel(device, target, deadline).await?;
-        let verdict = timeout_at(deadline, channel.verdict()).await;
-        match verdict {
-            Ok(Ok(())) => Ok(Held { far: channel, _passes: passes }),
-            Ok(Err(error)) => {
-                let refused = error.get_ref().and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
-                let reason = refused.map_or(Reason::PeerReset, |refused| Reason::Refused(refused.verdict));
+        let mut channel = self.open_channel(device, target, CONNECT_LIMIT).await?;
+        match channel.verdict().await {
+            Ok(()) => Ok(Held { far: channel, _passes: passes }),
+            Err(error) => {
+                let inner = error.get_ref();
+                let refused = inner.and_then(|inner| inner.downcast_ref::<RefusedByDevice>());
+                let unanswered = inner.is_some_and(|inner| inner.is::<Unanswered>());
+                let broken = if unanswered { Reason::Unavailable } else { Reason::PeerReset };
+                let reason = refused.map_or(broken, |refused| Reason::Refused(refused.verdict));
                 Err(OpenFailure { reason, detail: error.to_string() })
-            }
-            Err(_) => {
-                let detail = format!("no verdict from {device} within {} s", CONNECT_LIMIT.as_secs());
-                Err(OpenFailure { reason: Reason::Unavailable, detail })
             }
         }
     }
@@ -159,8 +163,7 @@ impl Connector for ServiceConnector {
             let passes = self.passes(&device)?;
             Ok(match rule.mode {
                 ForwardMode::Mux => {
-                    let deadline = Instant::now() + rule.connect_timeout;
-                    let far = self.open_channel(&device, &rule.target, deadline).await?;
+                    let far = self.open_channel(&device, &rule.target, rule.connect_timeout).await?;
                     Box::new(Held { far, _passes: passes }) as Opened
                 }
                 ForwardMode::Plain => Box::new(Held { far: self.open_plain(rule).await?, _passes: passes }),

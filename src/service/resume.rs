@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     initiator::Patience,
-    tunnel::{AttemptError, TunnelDeps, open_leg},
+    tunnel::{AttemptError, Obstacle, TunnelDeps, open_leg},
 };
 use crate::{
     agent::{Failure, Retry, random_u64},
@@ -60,9 +60,10 @@ pub(super) async fn keep_attached(
     device: &Identity,
     mux: &Mux,
     link: Option<&LinkControl>,
-    first: CarrierMonitor,
+    (first, obstacle): (CarrierMonitor, &Obstacle),
     publish: impl Fn(CarrierMonitor),
 ) {
+    obstacle.set(None);
     let mut monitor = first;
     let mut attached = Instant::now();
     let mut network = deps.network.from_now();
@@ -100,8 +101,10 @@ pub(super) async fn keep_attached(
         // The link itself tells people when it is lost and resumed.
         debug!("{suspicion}; trying another carrier");
         deps.trouble.notify_one();
-        let attempts = Attempts::new(deps, device, link, mux, first_attempt(attached));
-        match attempts.run(&monitor, is_beside).await {
+        let attempts = Attempts::new(deps, device, link, mux, (first_attempt(attached), obstacle));
+        let outcome = attempts.run(&monitor, is_beside).await;
+        obstacle.set(None);
+        match outcome {
             Outcome::Attached(next) => {
                 publish(next.clone());
                 (monitor, attached) = (next, Instant::now());
@@ -150,10 +153,17 @@ struct Attempts<'a> {
     not_before: Instant,
     /// The causes of failure that were logged for people, each once.
     told: Vec<String>,
+    obstacle: &'a Obstacle,
 }
 
 impl<'a> Attempts<'a> {
-    fn new(deps: &'a TunnelDeps, device: &'a Identity, link: &'a LinkControl, mux: &'a Mux, next: Instant) -> Self {
+    fn new(
+        deps: &'a TunnelDeps,
+        device: &'a Identity,
+        link: &'a LinkControl,
+        mux: &'a Mux,
+        (next, obstacle): (Instant, &'a Obstacle),
+    ) -> Self {
         let (running, asked) = (FuturesUnordered::new(), Asked::default());
         Self {
             deps,
@@ -166,6 +176,7 @@ impl<'a> Attempts<'a> {
             retry: Retry::default(),
             not_before: Instant::now(),
             told: Vec::new(),
+            obstacle,
         }
     }
 
@@ -236,6 +247,7 @@ impl<'a> Attempts<'a> {
     /// Says why connections go on waiting: each cause once, because attempts are many.
     fn tell(&mut self, error: &AttemptError) {
         let why = error.to_string();
+        self.obstacle.set(Some(&why));
         if self.told.len() == MAX_TOLD || self.told.contains(&why) {
             debug!("cannot resume yet: {why}");
         } else if error.is_refusal() {

@@ -3,7 +3,11 @@
 //! Owns opening, resuming and opening anew. Does not know forwards or listeners: they ask for channels. Invariant: at
 //! most one mux per device is current, and what is known about it, usable or not and why, is always published.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     sync::{Notify, watch},
@@ -101,6 +105,21 @@ pub(crate) struct Tunnel {
     wanted: Arc<watch::Sender<bool>>,
     /// Wakes a keeper that waits for its next attempt: a connection is there now.
     nudge: Arc<Notify>,
+    obstacle: Obstacle,
+}
+
+/// Why a link has no carrier, as far as an attempt has found out. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Obstacle(Arc<Mutex<Option<Arc<str>>>>);
+
+impl Obstacle {
+    pub(super) fn set(&self, why: Option<&str>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = why.map(Arc::from);
+    }
+
+    fn get(&self) -> Option<Arc<str>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl Tunnel {
@@ -113,18 +132,19 @@ impl Tunnel {
         let (publish, state) = watch::channel(TunnelState::Idle);
         let wanted = Arc::new(watch::Sender::new(false));
         let span = info_span!("tunnel", %device);
-        let nudge = Arc::new(Notify::new());
+        let (nudge, obstacle) = (Arc::new(Notify::new()), Obstacle::default());
         let keeper = Keeper {
             device,
             deps,
             publish,
             wanted: wanted.subscribe(),
             nudge: nudge.clone(),
+            obstacle: obstacle.clone(),
             retry: Retry::default(),
             attempts: 0,
             stop,
         };
-        (Self { state, wanted, nudge }, keeper.run().instrument(span))
+        (Self { state, wanted, nudge, obstacle }, keeper.run().instrument(span))
     }
 
     /// Says that the tunnel is to be there from now on.
@@ -166,7 +186,10 @@ impl Tunnel {
         match &*self.state.borrow() {
             TunnelState::Idle => "not opened yet".into(),
             TunnelState::Waiting { why, .. } => why.to_string(),
-            TunnelState::Up { link: Some(link), .. } if !link.attached() => "detached; resuming".into(),
+            TunnelState::Up { link: Some(link), .. } if !link.attached() => match self.obstacle.get() {
+                None => "detached; resuming".into(),
+                Some(why) => format!("detached; {why}"),
+            },
             TunnelState::Up { .. } => "up".into(),
         }
     }
@@ -179,6 +202,7 @@ struct Keeper {
     publish: watch::Sender<TunnelState>,
     wanted: watch::Receiver<bool>,
     nudge: Arc<Notify>,
+    obstacle: Obstacle,
     retry: Retry,
     attempts: u64,
     stop: CancellationToken,
@@ -219,7 +243,7 @@ impl Keeper {
             return;
         }
         let mut since = Instant::now();
-        self.waiting("opening the device stream", since, false);
+        self.waiting("not there yet; the device may be offline", since, false);
         while !stop.is_cancelled() {
             match stop.run_until_cancelled(self.attempt_while_it_holds()).await {
                 None => break,
@@ -227,9 +251,12 @@ impl Keeper {
                 Some(Some(Ok((session, monitor)))) => {
                     let begun = Instant::now();
                     let why = self.serve(session, monitor).await;
-                    self.retry.lived(begun.elapsed());
                     since = Instant::now();
                     self.waiting(&why, since, false);
+                    if let Some(next) = self.retry.after_session(begun.elapsed()) {
+                        info!(retry_seconds = next.delay.as_secs_f64(), "the device stream did not live long");
+                        self.pause(next).await;
+                    }
                 }
                 Some(Some(Err(error))) => {
                     let why = error.to_string();
@@ -320,7 +347,7 @@ impl Keeper {
         let mut driver = pin!(driver);
         let ended = tokio::select! {
             ended = &mut driver => Some(ended),
-            () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), monitor, publish) => None,
+            () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), (monitor, &self.obstacle), publish) => None,
             () = self.stop.cancelled() => {
                 // The driver carries the goodbye, so that the device learns at once.
                 mux.close();

@@ -33,7 +33,7 @@ pub enum BindError {
     #[error("cannot listen on {0}: this machine has no such address")]
     NotLocal(Endpoint),
     /// Ports below 1024, or a folder we may not write to.
-    #[error("cannot listen on {0}: permission denied (ports below 1024 need CAP_NET_BIND_SERVICE)")]
+    #[error("cannot listen on {0}: permission denied ({hint})", hint = denied(.0))]
     Denied(Endpoint),
     /// Something that is not a socket has the path.
     #[error("cannot listen on {0}: there is a file of that name that is not a socket")]
@@ -42,14 +42,20 @@ pub enum BindError {
     #[error("cannot listen on {0}: the name has no address")]
     Unresolved(Endpoint),
     /// Anything else.
-    #[error("cannot listen on {endpoint}")]
+    #[error("cannot listen on {endpoint}: {problem}")]
     Other {
         /// The address.
         endpoint: Endpoint,
         /// Why.
-        #[source]
-        source: io::Error,
+        problem: io::Error,
     },
+}
+
+fn denied(endpoint: &Endpoint) -> &'static str {
+    match endpoint {
+        Endpoint::Tcp { .. } => "ports below 1024 need CAP_NET_BIND_SERVICE",
+        Endpoint::Unix(_) => "who runs the daemon may not write to the socket's folder",
+    }
 }
 
 impl BindError {
@@ -59,7 +65,7 @@ impl BindError {
             io::ErrorKind::AddrInUse => Self::InUse(endpoint),
             io::ErrorKind::AddrNotAvailable => Self::NotLocal(endpoint),
             io::ErrorKind::PermissionDenied => Self::Denied(endpoint),
-            _ => Self::Other { endpoint, source },
+            _ => Self::Other { endpoint, problem: source },
         }
     }
 }
