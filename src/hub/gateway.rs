@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 
 use super::{
     answer::{self, Answer},
-    bridge::{Leg, Side},
+    bridge::{Leg, LegIo, Side},
     control,
     heads::Guarded,
     server::Connection,
@@ -32,6 +32,12 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Under every WebSocket of the hub.
 pub(in crate::hub) type Io = ServerStream<CarrierSocket>;
+
+impl LegIo for Io {
+    fn is_gone(&self) -> bool {
+        self.get_ref().0.get_ref().is_ended()
+    }
+}
 
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
 pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], request: &mut Request<Incoming>) -> Answer {

@@ -190,12 +190,13 @@ pub(super) async fn watch_forwards(shared: &Shared) {
     }
 }
 
-/// The finding about one forward, at most [`CACHED`] old.
+/// The finding about one forward, at most [`CACHED`] old; a good one only as long as its tunnel is there.
 pub(super) async fn check_forward(shared: &Shared, name: &str) -> ForwardHealth {
     let Some(rule) = shared.board.rule(name) else { return ForwardHealth::Unknown };
     if let Some((when, found)) = lock(&shared.board.forwards).get(name)
         && when.elapsed() < CACHED
         && *found == ForwardHealth::Usable
+        && shared.tunnels.existing(&rule.identity()).is_some_and(|tunnel| tunnel.is_attached())
     {
         return found.clone();
     }

@@ -181,6 +181,14 @@ impl Tunnel {
         }
     }
 
+    /// True if it is up and its link has a carrier.
+    pub(super) fn is_attached(&self) -> bool {
+        match &*self.state.borrow() {
+            TunnelState::Up { link, .. } => link.as_ref().is_none_or(LinkControl::attached),
+            TunnelState::Idle | TunnelState::Waiting { .. } => false,
+        }
+    }
+
     /// Why it is not up, for the closing line of a flow that waited in vain.
     pub(super) fn why(&self) -> String {
         match &*self.state.borrow() {

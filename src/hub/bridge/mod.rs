@@ -18,7 +18,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{mpsc, watch},
-    time::{Instant, sleep_until},
+    time::{Instant, interval_at, sleep_until},
 };
 use tokio_util::task::TaskTracker;
 
@@ -39,9 +39,11 @@ use crate::{
     },
 };
 
-/// The bytes under a leg: TLS on a socket in the hub, anything in tests.
-pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> LegIo for T {}
+/// The bytes under a leg: TLS on a socket.
+pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// True once the other end has ended or reset the connection, even if there is more of it to read.
+    fn is_gone(&self) -> bool;
+}
 
 /// What the survivor of a bridge is told, as the Azure gateway does (wire.md, section d).
 const DISCONNECTED: (u16, &str) = (1011, "WS disconnected");
@@ -348,10 +350,16 @@ impl Life {
             this: Relayed::default(),
         };
         let mut relay = Relay::new(service, device, inner.pool.clone(), counters);
-        let verdict = tokio::select! {
-            biased;
-            stopped = stopped(&mut stop) => Verdict::of_stop(stopped),
-            side = relay.run() => Verdict::of_end(side, &relay),
+        let mut looks = interval_at(Instant::now() + inner.stall, inner.stall);
+        let verdict = loop {
+            tokio::select! {
+                biased;
+                stopped = stopped(&mut stop) => break Verdict::of_stop(stopped),
+                side = relay.run() => break Verdict::of_end(side, &relay),
+                _ = looks.tick() => if let Some(side) = relay.abandoned() {
+                    break Verdict::of_end(side, &relay);
+                },
+            }
         };
         self.log(verdict.reason, relay.relayed());
         relay.finish(verdict.to_service, verdict.to_device, inner.stall).await;

@@ -20,6 +20,7 @@ use tokio::{
     time::timeout,
 };
 
+use super::LegIo;
 use crate::proto::websocket::{Decoder, End, PeerClose, SERVER_HEADROOM as HEADROOM, Violation, pong, put_header};
 
 /// Largest payload of a frame that is sent: the Azure gateway's limit, on which the C sample relies.
@@ -109,7 +110,12 @@ pub(super) struct Relay<A, B> {
     to_service: Pipe,
     pool: BufferPool,
     counters: Counters,
+    /// How far both directions were at the last look.
+    seen: [Position; 2],
 }
+
+/// How far a direction is: payload bytes read, and where in its buffer it writes.
+type Position = (u64, usize);
 
 /// Payload bytes, counted as they are read.
 #[derive(Debug, Clone)]
@@ -345,7 +351,7 @@ where
 {
     pub(super) fn new(mut service: Leg<A>, mut device: Leg<B>, pool: BufferPool, counters: Counters) -> Self {
         let (to_device, to_service) = (std::mem::take(&mut service.said), std::mem::take(&mut device.said));
-        let mut relay = Self { service, device, to_device, to_service, pool, counters };
+        let mut relay = Self { service, device, to_device, to_service, pool, counters, seen: [(0, 0); 2] };
         let (there, back) = (relay.to_device.take_payload(), relay.to_service.take_payload());
         relay.counters.count_to_device(there);
         relay.counters.count_to_service(back);
@@ -362,7 +368,7 @@ where
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Side> {
-        let Self { service, device, to_device, to_service, pool, counters } = self;
+        let Self { service, device, to_device, to_service, pool, counters, seen: _ } = self;
         let there = poll_direction(cx, service, device, to_device, pool, |payload| counters.count_to_device(payload));
         if let Poll::Ready(end) = there {
             return Poll::Ready(end.side(Side::Service, Side::Device));
@@ -383,6 +389,27 @@ where
         let service = self.service.say_goodbye(self.to_service, to_service, stall);
         let device = self.device.say_goodbye(self.to_device, to_device, stall);
         tokio::join!(service, device);
+    }
+}
+
+impl Relay<Box<dyn LegIo>, Box<dyn LegIo>> {
+    /// The side that has left while the other one takes nothing of what it sent, if that was so at the last look, too.
+    /// While a receiver pauses nothing is read, so its sender's end is not seen otherwise.
+    pub(super) fn abandoned(&mut self) -> Option<Side> {
+        let Relayed { to_device, to_service } = self.counters.this;
+        let now = [(to_device, self.to_device.out.start), (to_service, self.to_service.out.start)];
+        let before = std::mem::replace(&mut self.seen, now);
+        let [there, back] = [0, 1].map(|direction| before[direction] == now[direction]);
+        let waits = |pipe: &Pipe, to: &Leg<_>| pipe.waiting().is_some() || to.unflushed;
+        if there && waits(&self.to_device, &self.device) && self.service.io.is_gone() {
+            self.service.ended = Some(Ended::Lost(None));
+            return Some(Side::Service);
+        }
+        if back && waits(&self.to_service, &self.service) && self.device.io.is_gone() {
+            self.device.ended = Some(Ended::Lost(None));
+            return Some(Side::Device);
+        }
+        None
     }
 }
 

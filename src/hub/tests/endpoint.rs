@@ -306,21 +306,42 @@ async fn at_shutdown_mux_bridges_end_and_plain_ones_finish() {
     hub.stopped().await;
 }
 
-#[tokio::test]
-async fn a_stalled_reader_stops_the_sender_and_loses_nothing() {
-    let hub = TestHub::start().await;
-    let mut device = hub.device("pump").await;
-    let (mut service_leg, mut device_leg) = hub.stream(&mut device, "ssh").await;
-    let chunk: Vec<u8> = (0..65_000_u32).map(|n| n as u8).collect();
+/// Sends until nothing goes for a while: the hub does not hold what its reader does not take. How many were sent.
+async fn send_until_it_stalls(leg: &mut Ws, chunk: &[u8]) -> usize {
     let mut sent = 0_usize;
-    // Until nothing goes for a while: the hub does not hold what its reader does not take.
-    while tokio::time::timeout(Duration::from_millis(500), service_leg.send(Message::binary(chunk.clone())))
-        .await
-        .is_ok()
-    {
+    while tokio::time::timeout(Duration::from_millis(500), leg.send(Message::binary(chunk.to_vec()))).await.is_ok() {
         sent += 1;
         assert!(sent < 2000, "the hub holds {} MB", sent * 65 / 1000);
     }
+    sent
+}
+
+#[tokio::test]
+async fn a_sender_that_left_ends_the_bridge_even_if_its_receiver_takes_nothing() {
+    let hub = TestHub::with(|config| config.limits.write_stall_timeout = Duration::from_millis(200)).await;
+    let mut device = hub.device("pump").await;
+    for leaves in ["service", "device"] {
+        let (service_leg, device_leg) = hub.stream(&mut device, "ssh").await;
+        let (mut sender, receiver) =
+            if leaves == "service" { (service_leg, device_leg) } else { (device_leg, service_leg) };
+        send_until_it_stalls(&mut sender, &[7; 65_000]).await;
+        socket2::SockRef::from(sender.get_ref().get_ref().0.get_ref()).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(sender);
+        while hub.metrics.bridges_open.get() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(receiver);
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_stalled_reader_stops_the_sender_and_loses_nothing() {
+    let hub = TestHub::with(|config| config.limits.write_stall_timeout = Duration::from_millis(200)).await;
+    let mut device = hub.device("pump").await;
+    let (mut service_leg, mut device_leg) = hub.stream(&mut device, "ssh").await;
+    let chunk: Vec<u8> = (0..65_000_u32).map(|n| n as u8).collect();
+    let sent = send_until_it_stalls(&mut service_leg, &chunk).await;
     // The message that was cut short is in the sender's buffer: flush it while the other side reads.
     let total = (sent + 1) * chunk.len();
     let (flushed, received) = tokio::join!(service_leg.flush(), receive(&mut device_leg, total));

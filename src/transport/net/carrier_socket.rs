@@ -15,9 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
 };
 
@@ -69,6 +70,12 @@ impl CarrierSocket {
     /// See [`tolerate_pauses`].
     pub fn tolerate_pauses(&self) {
         tolerate_pauses(&self.socket);
+    }
+
+    /// True once the other end has ended or reset the connection, even if there is more of it to read.
+    pub fn is_ended(&self) -> bool {
+        let ready = self.socket.ready(Interest::READABLE).now_or_never();
+        ready.is_some_and(|ready| ready.map_or(true, |ready| ready.is_read_closed()))
     }
 
     /// The connection itself.
