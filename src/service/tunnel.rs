@@ -261,7 +261,9 @@ impl Keeper {
                     let why = self.serve(session, monitor).await;
                     since = Instant::now();
                     self.waiting(&why, since, false);
-                    if let Some(next) = self.retry.after_session(begun.elapsed()) {
+                    if let Some(next) = self.retry.after_session(begun.elapsed())
+                        && !stop.is_cancelled()
+                    {
                         info!(retry_seconds = next.delay.as_secs_f64(), "the device stream did not live long");
                         self.pause(next).await;
                     }
