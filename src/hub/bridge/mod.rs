@@ -45,6 +45,12 @@ pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static 
     fn is_gone(&self) -> bool;
 }
 
+/// A receiver that takes nothing of what a sender has left behind has at least this many times the write stall timeout,
+/// a quarter of an hour if that is not changed, which is as long as connections wait by default: people suspend
+/// programs. For ever would be a bridge for each program that hangs.
+const ABANDONED: u32 = 30;
+/// And at most this, whatever the timeout.
+const MOST_ABANDONED: Duration = Duration::from_secs(24 * 3600);
 /// What the survivor of a bridge is told, as the Azure gateway does (wire.md, section d).
 const DISCONNECTED: (u16, &str) = (1011, "WS disconnected");
 /// What both legs are told when the hub stops: come back later (wire.md, section j).
@@ -350,7 +356,8 @@ impl Life {
             this: Relayed::default(),
         };
         let mut relay = Relay::new(service, device, inner.pool.clone(), counters);
-        let mut looks = interval_at(Instant::now() + inner.stall, inner.stall);
+        let pause = inner.stall.saturating_mul(ABANDONED).min(MOST_ABANDONED);
+        let mut looks = interval_at(Instant::now() + pause, pause);
         let verdict = loop {
             tokio::select! {
                 biased;

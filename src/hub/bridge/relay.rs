@@ -2,7 +2,7 @@
 //!
 //! Owns the two legs' frames and the bytes under way. Does not know tickets, devices or why a bridge exists.
 //! Invariant: a direction holds at most one buffer of bytes and reads nothing while its receiver takes nothing;
-//! a receiver may pause for ever.
+//! a receiver may pause for as long as its sender is there.
 
 use std::{
     convert::Infallible,
