@@ -75,6 +75,9 @@ impl Sas {
         let resource_text = fields.resource.ok_or(SasError::Missing("sr"))?;
         let signature_text = fields.signature.ok_or(SasError::Missing("sig"))?;
         let expiry_text = fields.expiry.ok_or(SasError::Missing("se"))?;
+        // Rust's own parser takes a plus sign.
+        let digits = expiry_text.bytes().all(|byte| byte.is_ascii_digit());
+        let expiry = expiry_text.parse().ok().filter(|_| digits);
         let policy = fields.policy.map(|skn| skn.parse().map_err(|_| SasError::Field("skn"))).transpose()?;
         Ok(Self {
             resource: decode(resource_text).ok_or(SasError::Field("sr"))?,
@@ -82,7 +85,7 @@ impl Sas {
             signature: decode(signature_text)
                 .and_then(|text| STANDARD.decode(text).ok())
                 .ok_or(SasError::Field("sig"))?,
-            expiry: expiry_text.parse().map_err(|_| SasError::Field("se"))?,
+            expiry: expiry.ok_or(SasError::Field("se"))?,
             expiry_text: expiry_text.into(),
             policy,
         })
@@ -301,6 +304,7 @@ mod tests {
             ("SharedAccessSignature sr=a&sr=b&sig=&se=1", SasError::Twice("sr")),
             ("SharedAccessSignature sr=a&sig=%%%&se=1", SasError::Field("sig")),
             ("SharedAccessSignature sr=a&sig=QQ==&se=-1", SasError::Field("se")),
+            ("SharedAccessSignature sr=a&sig=QQ==&se=+1", SasError::Field("se")),
             ("SharedAccessSignature sr=%ff&sig=QQ==&se=1", SasError::Field("sr")),
             ("SharedAccessSignature sr=a&sig=QQ==&se=1&skn=a/b", SasError::Field("skn")),
         ] {

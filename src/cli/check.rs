@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     agent::control_socket::{Answer, Request, call},
-    config::{LoadError, Loaded, Problem, load_device, load_hub, load_service},
+    config::{HubConfig, LoadError, Loaded, Problem, load_device, load_hub, load_service},
+    transport::tls::ServerTls,
 };
 
 /// Runs the command: every file is checked, also behind one that is wrong.
@@ -52,10 +53,23 @@ fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
         Checked { warnings: loaded.warnings, socket: socket(loaded.config) }
     }
     Ok(match role {
-        Role::Hub => checked(load_hub(file)?, |config| config.control_socket),
+        Role::Hub => {
+            let loaded = load_hub(file)?;
+            complain(&loaded.config);
+            checked(loaded, |config| config.control_socket)
+        }
         Role::Device => checked(load_device(file)?, |config| config.control_socket),
         Role::Service => checked(load_service(file)?, |config| config.control_socket),
     })
+}
+
+/// What clients will say of a hub's certificate. One that cannot be read by who asks is another matter.
+fn complain(config: &HubConfig) {
+    let files = &config.tls;
+    let tls = ServerTls::load(files.certificate.path.clone(), files.private_key.path.clone());
+    if let Some(problem) = tls.ok().and_then(|tls| tls.complaint(&config.hostname)) {
+        println!("devices and services will refuse this hub: {problem} (warning)");
+    }
 }
 
 async fn report(file: &Path, role: Role, checked: Checked) {

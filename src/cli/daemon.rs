@@ -144,10 +144,10 @@ pub(super) async fn start<D: Daemon>(
 /// The state folder, and the one for the control socket: systemd makes them for the units, nobody for people.
 fn make_folders(settings: &Settings<'_>) -> Outcome {
     use std::os::unix::fs::DirBuilderExt as _;
-    let sockets = settings.control_socket.and_then(Path::parent);
-    for folder in std::iter::once(settings.state_dir).chain(sockets) {
+    let sockets = settings.control_socket.and_then(Path::parent).map(|folder| ("the folder of control_socket", folder));
+    for (key, folder) in std::iter::once(("state_dir", settings.state_dir)).chain(sockets) {
         let made = std::fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder);
-        made.with_context(|| folder.display().to_string()).map_err(Failure::unavailable)?;
+        made.with_context(|| format!("{key}, {}", folder.display())).map_err(Failure::unavailable)?;
     }
     Ok(())
 }

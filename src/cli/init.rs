@@ -21,6 +21,7 @@ use super::{
 use crate::{
     auth::{ConnectionString, Credential, Owner, key, policy},
     base::{Name, Secret},
+    transport::tls::ServerTls,
 };
 
 /// The group whose members may read the daemons' secrets, made by the Debian package's sysusers.d file.
@@ -85,6 +86,12 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
     let absolute = |path: &Path| std::path::absolute(path).map_err(Failure::usage);
     let given = args.certificate.as_deref().zip(args.private_key.as_deref());
     let given = given.map(|(certificate, key)| Ok((absolute(certificate)?, absolute(key)?))).transpose()?;
+    if let Some((certificate, key)) = &given {
+        let tls = ServerTls::load(certificate.clone(), key.clone()).map_err(Failure::config)?;
+        if let Some(problem) = tls.complaint(&hostname) {
+            eprintln!("devices and services will refuse this hub: {problem} (warning)");
+        }
+    }
     Ok(Plan { dir: absolute(&args.dir)?, hostname, also: args.also.clone(), listen: args.listen, mqtt_listen, given })
 }
 

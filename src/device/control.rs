@@ -53,6 +53,8 @@ const LAST_LOOK: Duration = Duration::from_secs(15);
 /// What was published so shortly before the hub was last heard may have been on its way when the hub spoke: the hub
 /// may have said goodbye, because a login of ours that was given up took the session over. A slow round trip.
 const UNREAD: Duration = Duration::from_secs(2);
+/// A cause that was told is told again when attempts are at least this far apart.
+const TELL_AGAIN: Duration = Duration::from_secs(5);
 /// Answers and notices that wait for a session. The hub asks again when a newer session subscribes.
 const MAX_WAITING: usize = 64;
 
@@ -383,7 +385,13 @@ impl Keeper {
                 warn!("a second control session could not be opened, so the first stays in use: {problem}");
             }
         } else {
-            warn!(retry_seconds = next.delay.as_secs_f64(), "no control session with the hub: {problem}");
+            // While people wait, attempts are many: each cause once, and again when it stays.
+            let retry_seconds = next.delay.as_secs_f64();
+            if problem != self.last_problem || next.delay >= TELL_AGAIN {
+                warn!(retry_seconds, "no control session with the hub: {problem}");
+            } else {
+                debug!(retry_seconds, "no control session with the hub: {problem}");
+            }
             self.deps.metrics.connected.set(0);
             self.deps.state.send_replace(ControlState::Waiting(problem.as_str().into()));
         }

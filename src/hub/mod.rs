@@ -193,7 +193,16 @@ async fn stop(hub: &HubShared) {
 }
 
 fn load_tls(config: &HubConfig) -> Result<ServerTls, TlsError> {
-    ServerTls::load(config.tls.certificate.path.clone(), config.tls.private_key.path.clone())
+    let tls = ServerTls::load(config.tls.certificate.path.clone(), config.tls.private_key.path.clone())?;
+    warn_of_certificate(&tls, config);
+    Ok(tls)
+}
+
+/// Nobody can connect with such a certificate, and only the others would say so.
+fn warn_of_certificate(tls: &ServerTls, config: &HubConfig) {
+    if let Some(problem) = tls.complaint(&config.hostname) {
+        tracing::warn!("devices and services will refuse this hub: {problem}");
+    }
 }
 
 fn open_registry(config: &HubConfig) -> Result<Registry, StartError> {
@@ -215,6 +224,7 @@ impl HubHandle {
             return Err(StartError::NoPolicy);
         }
         self.tls.reload().map_err(StartError::Tls)?;
+        warn_of_certificate(&self.tls, &config);
         let old = self.shared.config();
         config.listen.clone_from(&old.listen);
         config.mqtt_listen.clone_from(&old.mqtt_listen);

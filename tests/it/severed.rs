@@ -3,10 +3,13 @@
 use std::io::{Read as _, Write as _};
 
 use crate::support::{
-    End, Proxy, World,
+    End, Forward, Proxy, World,
     bytes::Pattern,
     client::{exchange, read_to_end},
-    connect, targets,
+    connect,
+    port::free_address,
+    targets,
+    world::DEVICE,
 };
 
 fn settings(proxy: &Proxy, more: &str) -> String {
@@ -92,6 +95,29 @@ fn connections_wait_for_a_hub_that_is_stopped_and_started_again() {
     world.hub.daemon.start_again();
     greet(b"three");
     assert_eq!(world.service.metric("culvert_link_sessions_lost_total", &[]), 0.0);
+}
+
+#[test]
+fn a_new_connection_waits_for_a_lost_link_only_as_long_as_it_may() {
+    let (echo, proxy) = (targets::echo(), Proxy::start());
+    let impatient = Forward::new("impatient", free_address(), DEVICE, "echo").with("connect_timeout = \"2s\"");
+    let plan = World::plan().target("echo", echo.address()).forward(impatient);
+    let world = plan.service_settings(&settings(&proxy, "")).start();
+    let mut old = connect(world.forward("echo"));
+    let mut greet = |word: &[u8; 5]| {
+        old.write_all(word).unwrap();
+        let mut answer = [0; 5];
+        old.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, word);
+    };
+    greet(b"one..");
+    proxy.refuse(true);
+    world.service.wait_for_metric("culvert_links_attached", &[], |attached| attached == 0.0);
+    assert_eq!(read_to_end(&mut connect(world.forward("impatient"))), (Vec::new(), End::Reset));
+    let why = "no answer from pump-17 within 2 s (device stream: detached; ";
+    world.service.wait_for_line(&["WARN", "impatient", "unavailable", why]);
+    proxy.refuse(false);
+    greet(b"two..");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 use std::{fmt, io, sync::Arc};
 
-use rustls::{AlertDescription, CertificateError, OtherError};
+use rustls::{AlertDescription, CertificateError, OtherError, client::verify_server_name, server::ParsedCertificate};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::{prelude::FromDer, time::ASN1Time};
 
@@ -113,6 +113,23 @@ impl CertificateProblem {
             trusted: trusted.to_owned(),
             now: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
         }
+    }
+
+    /// What clients at `host` that trust the issuer will find wrong with a server's own certificate.
+    pub(super) fn of_own(leaf: &CertificateDer<'_>, host: &ServerName<'_>, now: UnixTime) -> Option<Self> {
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(leaf).ok()?;
+        let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let name = ParsedCertificate::try_from(leaf).and_then(|parsed| verify_server_name(&parsed, host));
+        let reason = if seconds > parsed.validity().not_after.timestamp() {
+            CertificateError::Expired
+        } else if seconds < parsed.validity().not_before.timestamp() {
+            CertificateError::NotValidYet
+        } else if name.is_err() {
+            CertificateError::NotValidForName
+        } else {
+            return None;
+        };
+        Some(Self::new(reason, leaf, host, "", now))
     }
 
     /// True if the certificate is valid at another time than this machine's: its clock may be wrong.

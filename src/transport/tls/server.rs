@@ -18,11 +18,14 @@ use rustls::{
     },
     sign::CertifiedKey,
 };
-use rustls_pki_types::{CertificateDer, UnixTime};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
-use super::{ALPN_HTTP1, ReadAhead, TlsError, add_all, parse_certificates, provider, read_certificates, read_key};
+use super::{
+    ALPN_HTTP1, CertificateProblem, ReadAhead, TlsError, add_all, parse_certificates, provider, read_certificates,
+    read_key,
+};
 
 /// What a listener says about the protocol inside TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +81,12 @@ impl ServerTls {
         let live = self.live.current();
         // `read_certified_key` refuses an empty chain.
         live.cert.first().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()))
+    }
+
+    /// What clients that come to `host` will find wrong with the live certificate, by this machine's clock, if anything.
+    pub fn complaint(&self, host: &str) -> Option<CertificateProblem> {
+        let host = ServerName::try_from(host.to_owned()).ok()?;
+        CertificateProblem::of_own(&self.leaf(), &host, UnixTime::now())
     }
 
     /// An acceptor that asks clients for a certificate, takes any, and none. The handshake proves that the client

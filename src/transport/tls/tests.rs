@@ -99,6 +99,22 @@ async fn an_expired_certificate_is_named_with_both_dates_and_the_clock() {
     assert!(text.contains("2020") && text.contains("this machine's clock says"), "{text}");
 }
 
+#[test]
+fn a_server_knows_what_its_clients_will_say() {
+    let authority = Authority::new();
+    let complaint = |names: &[&str], to: i32, host: &str| {
+        let files = authority.issue(names, |params| params.not_after = date_time_ymd(to, 2, 28));
+        let server = ServerTls::load(files.certificate_file, files.private_key_file).unwrap();
+        server.complaint(host).map(|problem| problem.to_string())
+    };
+    assert_eq!(complaint(&["hub.test"], 2090, "hub.test"), None);
+    assert_eq!(complaint(&["192.0.2.7"], 2090, "192.0.2.7"), None);
+    let expired = complaint(&["hub.test"], 2020, "hub.test").unwrap();
+    assert!(expired.starts_with("the certificate of hub.test (CN=test leaf) expired on Feb 28"), "{expired}");
+    let other = complaint(&["other.test"], 2090, "hub.test").unwrap();
+    assert!(other.contains("is not for hub.test but for other.test"), "{other}");
+}
+
 #[tokio::test]
 async fn a_certificate_from_the_future_hints_at_the_clock() {
     let authority = Authority::new();
