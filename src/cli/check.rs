@@ -68,7 +68,7 @@ fn complain(config: &HubConfig) {
     let files = &config.tls;
     let tls = ServerTls::load(files.certificate.path.clone(), files.private_key.path.clone());
     if let Some(problem) = tls.ok().and_then(|tls| tls.complaint(&config.hostname)) {
-        println!("devices and services will refuse this hub: {problem} (warning)");
+        println!("devices and services that connect directly will refuse this hub: {problem} (warning)");
     }
 }
 
