@@ -89,7 +89,7 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
     if let Some((certificate, key)) = &given {
         let tls = ServerTls::load(certificate.clone(), key.clone()).map_err(Failure::config)?;
         if let Some(problem) = tls.complaint(&hostname) {
-            eprintln!("devices and services that connect directly will refuse this hub: {problem} (warning)");
+            eprintln!("{problem} (warning)");
         }
     }
     Ok(Plan { dir: absolute(&args.dir)?, hostname, also: args.also.clone(), listen: args.listen, mqtt_listen, given })

@@ -201,7 +201,7 @@ fn load_tls(config: &HubConfig) -> Result<ServerTls, TlsError> {
 /// Nobody can connect with such a certificate, and only the others would say so.
 fn warn_of_certificate(tls: &ServerTls, config: &HubConfig) {
     if let Some(problem) = tls.complaint(&config.hostname) {
-        tracing::warn!("devices and services that connect directly will refuse this hub: {problem}");
+        tracing::warn!("{problem}");
     }
 }
 

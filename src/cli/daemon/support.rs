@@ -63,8 +63,7 @@ impl Support {
             }
             Err(error @ BindError::InUse(_)) => Err(Failure::unavailable(error)),
             Err(error) => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(%error, cause, "culvert connect and culvert check cannot reach this daemon");
+                tracing::warn!(%error, "culvert connect and culvert check cannot reach this daemon");
                 Ok(())
             }
         }

@@ -83,10 +83,12 @@ impl ServerTls {
         live.cert.first().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()))
     }
 
-    /// What clients that come to `host` will find wrong with the live certificate, by this machine's clock, if anything.
-    pub fn complaint(&self, host: &str) -> Option<CertificateProblem> {
+    /// What clients that come to `host` will find wrong with the live certificate, by this machine's clock, if anything,
+    /// in words for who runs the server.
+    pub fn complaint(&self, host: &str) -> Option<String> {
         let host = ServerName::try_from(host.to_owned()).ok()?;
-        CertificateProblem::of_own(&self.leaf(), &host, UnixTime::now())
+        let problem = CertificateProblem::of_own(&self.leaf(), &host, UnixTime::now())?;
+        Some(format!("devices and services that connect directly will refuse this hub: {problem}"))
     }
 
     /// An acceptor that asks clients for a certificate, takes any, and none. The handshake proves that the client

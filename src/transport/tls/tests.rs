@@ -105,12 +105,12 @@ fn a_server_knows_what_its_clients_will_say() {
     let complaint = |names: &[&str], to: i32, host: &str| {
         let files = authority.issue(names, |params| params.not_after = date_time_ymd(to, 2, 28));
         let server = ServerTls::load(files.certificate_file, files.private_key_file).unwrap();
-        server.complaint(host).map(|problem| problem.to_string())
+        server.complaint(host)
     };
     assert_eq!(complaint(&["hub.test"], 2090, "hub.test"), None);
     assert_eq!(complaint(&["192.0.2.7"], 2090, "192.0.2.7"), None);
     let expired = complaint(&["hub.test"], 2020, "hub.test").unwrap();
-    assert!(expired.starts_with("the certificate of hub.test (CN=test leaf) expired on Feb 28"), "{expired}");
+    assert!(expired.contains(": the certificate of hub.test (CN=test leaf) expired on Feb 28"), "{expired}");
     let other = complaint(&["other.test"], 2090, "hub.test").unwrap();
     assert!(other.contains("is not for hub.test but for other.test"), "{other}");
 }
