@@ -20,18 +20,11 @@ use crate::{
     transport::tls::ServerTls,
 };
 
-/// Runs the command: every file is checked, also behind one that is wrong.
+/// Runs the command. Which file is whose is settled first; then every file is checked, also behind one that is wrong.
 pub(super) async fn run(args: &CheckArgs) -> Outcome {
+    let files = args.files.iter().map(|given| with_role(given, args.role)).collect::<Outcome<Vec<_>>>()?;
     let mut broken: Option<LoadError> = None;
-    for given in &args.files {
-        let file = main_file(given);
-        let Some(role) = args.role.or_else(|| role_of(&file)) else {
-            if let Err(error) = fs::metadata(&file) {
-                return Err(Failure::config(anyhow!("{}: {error}", file.display())));
-            }
-            let unknown = anyhow!("{}: whose file is it? Say --role hub, device or service", given.display());
-            return Err(Failure::usage(unknown));
-        };
+    for (file, role) in files {
         match check(&file, role) {
             Ok(checked) => report(&file, role, checked).await,
             Err(error) => match &mut broken {
@@ -41,6 +34,17 @@ pub(super) async fn run(args: &CheckArgs) -> Outcome {
         }
     }
     broken.map_or(Ok(()), |error| Err(Failure::config(error)))
+}
+
+fn with_role(given: &Path, role: Option<Role>) -> Outcome<(PathBuf, Role)> {
+    let file = main_file(given);
+    if let Some(role) = role.or_else(|| role_of(&file)) {
+        return Ok((file, role));
+    }
+    if let Err(error) = fs::metadata(&file) {
+        return Err(Failure::config(anyhow!("{}: {error}", file.display())));
+    }
+    Err(Failure::usage(anyhow!("{}: whose file is it? Say --role hub, device or service", given.display())))
 }
 
 struct Checked {

@@ -5,11 +5,12 @@
 
 mod apply;
 mod control;
+mod folders;
 mod support;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use prometheus::Registry;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -18,7 +19,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{apply::Applier, support::Support};
+use self::{apply::Applier, folders::StateLock, support::Support};
 use super::{
     args::Role,
     exit::{Failure, Outcome},
@@ -35,8 +36,6 @@ use crate::{
 
 /// What blocking calls (name resolution, files) may still take when everything else has ended.
 const RUNTIME_END: Duration = Duration::from_secs(1);
-/// Folders that a daemon makes for itself: the group may look for sockets and logs in them.
-const FOLDER_MODE: u32 = 0o750;
 /// Longest status line for systemd: `systemctl status` shows one line.
 const MAX_STATUS: usize = 200;
 
@@ -102,6 +101,8 @@ fn log_options(config: &LogConfig) -> LogOptions {
 pub(super) struct Started<C> {
     life: Life<C>,
     support: Support,
+    /// Until all has ended.
+    state: StateLock,
 }
 
 /// Binds, starts and says ready.
@@ -115,7 +116,7 @@ pub(super) async fn start<D: Daemon>(
     let registry = Registry::new();
     let metrics = DaemonMetrics::register(D::ROLE.name(), &registry).map_err(Failure::software)?;
     apply::warn(&loaded.warnings);
-    make_folders(&D::settings(&loaded.config))?;
+    let state = folders::take(D::ROLE, &D::settings(&loaded.config))?;
     let daemon = D::bind(loaded.config.clone(), &registry).await?;
     let running = daemon.handle();
     let applier = Applier::new::<D>(loaded.config.clone(), running.clone(), metrics, log);
@@ -138,18 +139,7 @@ pub(super) async fn start<D: Daemon>(
     };
     life.say_ready();
     tracing::info!(role = D::ROLE.name(), version = env!("CARGO_PKG_VERSION"), "running");
-    Ok(Started { life, support })
-}
-
-/// The state folder, and the one for the control socket: systemd makes them for the units, nobody for people.
-fn make_folders(settings: &Settings<'_>) -> Outcome {
-    use std::os::unix::fs::DirBuilderExt as _;
-    let sockets = settings.control_socket.and_then(Path::parent).map(|folder| ("the folder of control_socket", folder));
-    for (key, folder) in std::iter::once(("state_dir", settings.state_dir)).chain(sockets) {
-        let made = std::fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder);
-        made.with_context(|| format!("{key}, {}", folder.display())).map_err(Failure::unavailable)?;
-    }
-    Ok(())
+    Ok(Started { life, support, state })
 }
 
 impl<C: Load + Changes + Sync> Started<C> {
@@ -162,6 +152,7 @@ impl<C: Load + Changes + Sync> Started<C> {
     pub(super) async fn run(self) -> Outcome {
         let ended = self.life.run().await;
         self.support.end().await;
+        drop(self.state);
         ended
     }
 }

@@ -77,7 +77,13 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
     let numeric = hostname.parse::<std::net::Ipv4Addr>().is_ok();
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
     if hostname.is_empty() || !hostname.chars().all(allowed) || (!numeric && hostname.ends_with('.')) {
-        return Err(Failure::usage(anyhow::anyhow!("{hostname:?} is not a host name; leave out scheme and port")));
+        let hint = match hostname.trim_start_matches('[').trim_end_matches(']').parse::<std::net::Ipv6Addr>() {
+            Ok(_) => {
+                "an IPv6 address has no place in tokens and user names, so give the hub a name (DNS or hosts file)"
+            }
+            Err(_) => "leave out scheme and port",
+        };
+        return Err(Failure::usage(anyhow::anyhow!("{hostname:?} is not a host name; {hint}")));
     }
     let mqtt_listen = match args.mqtt_listen.as_str() {
         "off" => None,

@@ -32,6 +32,8 @@ pub struct HubMetrics {
     pub tls_failures: IntCounterVec,
     /// Connections open on the public listeners.
     pub connections_open: IntGauge,
+    /// When the certificate in use ends, in seconds since 1970; 0 if that cannot be told.
+    pub certificate_not_after: IntGauge,
     /// Tasks that panicked: a bug in culvert.
     pub task_panics: IntCounter,
     /// DeviceStreams records that could not be written.
@@ -53,6 +55,10 @@ impl Default for HubMetrics {
             connections: vec("culvert_hub_connections_total", "Connections accepted.", &["listener"]),
             tls_failures: vec("culvert_hub_tls_failures_total", "TLS handshakes that failed.", &["listener"]),
             connections_open: gauge("culvert_hub_connections_open", "Connections open on the public listeners."),
+            certificate_not_after: gauge(
+                "culvert_hub_certificate_not_after_timestamp_seconds",
+                "When the certificate in use ends, in seconds since 1970.",
+            ),
             task_panics: counter("culvert_hub_task_panics_total", "Connection tasks that panicked: a bug."),
             resource_log_failures: counter(
                 "culvert_hub_resource_log_failures_total",
@@ -65,7 +71,7 @@ impl Default for HubMetrics {
 impl HubMetrics {
     /// Makes every metric visible in `registry`.
     pub fn register(&self, registry: &Registry) -> prometheus::Result<()> {
-        let all: [Box<dyn Collector>; 14] = [
+        let all: [Box<dyn Collector>; 15] = [
             Box::new(self.device_sessions.clone()),
             Box::new(self.control_sessions.clone()),
             Box::new(self.telemetry.clone()),
@@ -78,6 +84,7 @@ impl HubMetrics {
             Box::new(self.connections.clone()),
             Box::new(self.tls_failures.clone()),
             Box::new(self.connections_open.clone()),
+            Box::new(self.certificate_not_after.clone()),
             Box::new(self.task_panics.clone()),
             Box::new(self.resource_log_failures.clone()),
         ];

@@ -36,7 +36,7 @@ pub use fuzz::{fuzz_request, fuzz_session};
 pub use heads::fuzz_head;
 pub use routes::fuzz_path;
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -57,6 +57,9 @@ use crate::{
         tls::{Alpn, ServerTls, TlsError},
     },
 };
+
+/// How often the hub looks whether its own certificate is about to end: a line a day is seen, and is no noise.
+const CERTIFICATE_LOOK: Duration = Duration::from_hours(24);
 
 /// The registry's file in the state folder.
 pub const REGISTRY_FILE: &str = "registry.db";
@@ -119,6 +122,7 @@ impl Hub {
             return Err(StartError::NoPolicy);
         }
         let tls = load_tls(&config).map_err(StartError::Tls)?;
+        look_at_certificate(&tls, &config, &metrics);
         let registry = open_registry(&config)?;
         let (mut https, mut mqtt) = (Vec::new(), Vec::new());
         for address in &mut config.listen {
@@ -161,6 +165,7 @@ impl Hub {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), StartError> {
         let https_tls = self.tls.acceptor(Alpn::Http).map_err(StartError::Tls)?;
         let mqtt_tls = self.tls.acceptor(Alpn::Unspoken).map_err(StartError::Tls)?;
+        let handle = self.handle();
         let hub = self.shared;
         let mut listeners = JoinSet::new();
         for listener in self.https {
@@ -172,6 +177,7 @@ impl Hub {
         tokio::select! {
             () = shutdown.cancelled() => {}
             () = hub.enforce_revocations() => {}
+            () = handle.watch_certificate() => {}
         }
         hub.shutdown.cancel();
         stop(&hub).await;
@@ -193,13 +199,12 @@ async fn stop(hub: &HubShared) {
 }
 
 fn load_tls(config: &HubConfig) -> Result<ServerTls, TlsError> {
-    let tls = ServerTls::load(config.tls.certificate.path.clone(), config.tls.private_key.path.clone())?;
-    warn_of_certificate(&tls, config);
-    Ok(tls)
+    ServerTls::load(config.tls.certificate.path.clone(), config.tls.private_key.path.clone())
 }
 
-/// Nobody can connect with such a certificate, and only the others would say so.
-fn warn_of_certificate(tls: &ServerTls, config: &HubConfig) {
+/// Nobody can connect with a certificate that has expired or names another host, and only the others would say so.
+fn look_at_certificate(tls: &ServerTls, config: &HubConfig, metrics: &HubMetrics) {
+    metrics.certificate_not_after.set(tls.not_after().unwrap_or_default());
     if let Some(problem) = tls.complaint(&config.hostname) {
         tracing::warn!("{problem}");
     }
@@ -224,12 +229,20 @@ impl HubHandle {
             return Err(StartError::NoPolicy);
         }
         self.tls.reload().map_err(StartError::Tls)?;
-        warn_of_certificate(&self.tls, &config);
+        look_at_certificate(&self.tls, &config, &self.shared.metrics);
         let old = self.shared.config();
         config.listen.clone_from(&old.listen);
         config.mqtt_listen.clone_from(&old.mqtt_listen);
         self.shared.reconfigure(config);
         Ok(())
+    }
+
+    /// A certificate that nobody renews ends while the hub runs.
+    async fn watch_certificate(&self) {
+        loop {
+            tokio::time::sleep(CERTIFICATE_LOOK).await;
+            look_at_certificate(&self.tls, &self.shared.config(), &self.shared.metrics);
+        }
     }
 
     /// How many control sessions are attached.

@@ -19,10 +19,11 @@ use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
 };
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     initiator::{self, InitiateError, Patience},
+    joined::Joined,
     tunnels::Tunnels,
 };
 use crate::{
@@ -127,10 +128,7 @@ impl ServiceConnector {
     /// Joins a `culvert connect` with a target.
     pub(super) async fn join(&self, device: Identity, target: Name) -> Reply {
         match self.connect(&device, &target).await {
-            Ok(far) => {
-                info!(%device, %target, "culvert connect joined");
-                Reply::Join(Box::new(far))
-            }
+            Ok(far) => Reply::Join(Box::new(Joined::new(far, device, target))),
             Err(failure) => {
                 warn!(%device, %target, reason = failure.reason.as_str(), "culvert connect failed: {failure}");
                 Reply::Refused(failure.to_string())

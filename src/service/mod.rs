@@ -8,6 +8,7 @@ mod client;
 mod connector;
 mod health;
 mod initiator;
+mod joined;
 mod metrics;
 mod resume;
 mod supervisor;

@@ -179,6 +179,7 @@ fn connect_joins_standard_input_and_output() {
     let through_daemon = piped(&config, "12345");
     assert_eq!(through_daemon, "5");
     world.service.wait_for_line(&["culvert connect joined"]);
+    world.service.wait_for_line(&["culvert connect ended", "sent=5", "received=1"]);
     // Without the daemon: a device stream of its own.
     let mut world = world;
     world.service.stop();

@@ -9,6 +9,11 @@ use rustls::{AlertDescription, CertificateError, OtherError, client::verify_serv
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::{prelude::FromDer, time::ASN1Time};
 
+/// A certificate is renewed long before this much of its validity is left (ACME clients do at a third), if it is at all.
+const LATE: i64 = 6;
+/// With long-lived certificates, two weeks are time enough for a person.
+const EARLIEST_WARNING: i64 = 14 * DAY;
+const DAY: i64 = 86_400;
 /// Names from a certificate are cut here: enough for any real name, too short to fill a log.
 const MAX_NAME: usize = 200;
 
@@ -132,6 +137,19 @@ impl CertificateProblem {
         Some(Self::new(reason, leaf, host, "", now))
     }
 
+    /// A warning ahead of the end of a server's own certificate.
+    pub(super) fn ahead_of_expiry(leaf: &CertificateDer<'_>, host: &ServerName<'_>, now: UnixTime) -> Option<String> {
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(leaf).ok()?;
+        let (from, to) = (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
+        let left = to.saturating_sub(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        if left > (to.saturating_sub(from) / LATE).min(EARLIEST_WARNING) {
+            return None;
+        }
+        let (host, subject, date) = (host.to_str(), printable(&parsed.subject().to_string()), date(Some(to)));
+        let days = left / DAY;
+        Some(format!("the certificate of {host} ({subject}) expires on {date}, in {days} days: renew it"))
+    }
+
     /// True if the certificate is valid at another time than this machine's: its clock may be wrong.
     pub fn is_about_time(&self) -> bool {
         matches!(
@@ -201,6 +219,12 @@ impl fmt::Display for CertificateProblem {
             other => write!(f, "the certificate of {host} ({subject}, issued by {issuer}) is not acceptable: {other}"),
         }
     }
+}
+
+/// When a certificate ends, in seconds since 1970.
+pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate).ok()?;
+    Some(parsed.validity().not_after.timestamp())
 }
 
 fn alternative_name(name: &x509_parser::extensions::GeneralName<'_>) -> Option<String> {

@@ -23,8 +23,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{Accept, TlsAcceptor, server::TlsStream};
 
 use super::{
-    ALPN_HTTP1, CertificateProblem, ReadAhead, TlsError, add_all, parse_certificates, provider, read_certificates,
-    read_key,
+    ALPN_HTTP1, CertificateProblem, ReadAhead, TlsError, add_all, parse_certificates, problem::not_after, provider,
+    read_certificates, read_key,
 };
 
 /// What a listener says about the protocol inside TLS.
@@ -83,12 +83,22 @@ impl ServerTls {
         live.cert.first().cloned().unwrap_or_else(|| CertificateDer::from(Vec::new()))
     }
 
-    /// What clients that come to `host` will find wrong with the live certificate, by this machine's clock, if anything,
-    /// in words for who runs the server.
+    /// When the live certificate ends, in seconds since 1970.
+    pub fn not_after(&self) -> Option<i64> {
+        not_after(&self.leaf())
+    }
+
+    /// What clients that come to `host` will find wrong with the live certificate, now or before long, by this machine's
+    /// clock, if anything, in words for who runs the server.
     pub fn complaint(&self, host: &str) -> Option<String> {
+        let (leaf, now) = (self.leaf(), UnixTime::now());
         let host = ServerName::try_from(host.to_owned()).ok()?;
-        let problem = CertificateProblem::of_own(&self.leaf(), &host, UnixTime::now())?;
-        Some(format!("devices and services that connect directly will refuse this hub: {problem}"))
+        match CertificateProblem::of_own(&leaf, &host, now) {
+            Some(problem) => {
+                Some(format!("devices and services that connect directly will refuse this hub: {problem}"))
+            }
+            None => CertificateProblem::ahead_of_expiry(&leaf, &host, now),
+        }
     }
 
     /// An acceptor that asks clients for a certificate, takes any, and none. The handshake proves that the client

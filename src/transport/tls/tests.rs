@@ -111,6 +111,14 @@ fn a_server_knows_what_its_clients_will_say() {
     assert_eq!(complaint(&["192.0.2.7"], 2090, "192.0.2.7"), None);
     let expired = complaint(&["hub.test"], 2020, "hub.test").unwrap();
     assert!(expired.contains(": the certificate of hub.test (CN=test leaf) expired on Feb 28"), "{expired}");
+    let soon = {
+        let files = authority.issue(&["hub.test"], |params| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            params.not_after = date_time_ymd(1970, 1, 1) + now + std::time::Duration::from_hours(7 * 24 + 12);
+        });
+        ServerTls::load(files.certificate_file, files.private_key_file).unwrap().complaint("hub.test").unwrap()
+    };
+    assert!(soon.ends_with(", in 7 days: renew it"), "{soon}");
     let other = complaint(&["other.test"], 2090, "hub.test").unwrap();
     assert!(other.contains("is not for hub.test but for other.test"), "{other}");
 }
