@@ -242,7 +242,11 @@ async fn serve(client: UnixStream, handler: &dyn ControlHandler) -> io::Result<(
         Reply::Join(io) => {
             write_line(&mut client, &AnswerLine::Joined(true)).await?;
             let (io_read, io_write) = tokio::io::split(io);
-            join(client, io_read, io_write).await
+            let (client_read, mut client_write) = tokio::io::split(client);
+            tokio::try_join!(pack(io_read, &mut client_write), unpack(client_read, io_write))?;
+            // Without this the client, whose target may have ended long ago, could not tell that its last bytes arrived.
+            client_write.write_u32(0).await?;
+            client_write.shutdown().await
         }
     }
 }
@@ -274,27 +278,27 @@ pub async fn call(path: &Path, request: &Request) -> Result<Answer, CallError> {
 }
 
 impl Joined {
-    /// Carries `input` to the target and the target's bytes to `output`, until both directions have ended.
+    /// Carries `input` to the target and the target's bytes to `output`, until both directions have ended and the daemon
+    /// says so; a cut ends both at once.
     pub async fn run<R, W>(self, input: R, output: W) -> io::Result<()>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        join(self.0, input, output).await
+        let (mut daemon_read, daemon_write) = tokio::io::split(self.0);
+        let down = async {
+            unpack(&mut daemon_read, output).await?;
+            match daemon_read.read_u32().await.map_err(cut)? {
+                0 => Ok(()),
+                _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the daemon sent more behind the end")),
+            }
+        };
+        tokio::try_join!(pack(input, daemon_write), down)?;
+        Ok(())
     }
 }
 
-/// Both directions, each to its own end. The first cut ends both, and dropping them tells both peers.
-async fn join<R, W>(framed: Buffered, input: R, output: W) -> io::Result<()>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let (framed_read, framed_write) = tokio::io::split(framed);
-    tokio::try_join!(pack(input, framed_write), unpack(framed_read, output))?;
-    Ok(())
-}
-
+/// Chunks of `plain`, each behind its length; zero is its end.
 async fn pack<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(mut plain: R, mut framed: W) -> io::Result<()> {
     let mut chunk = vec![0; 4 + MAX_CHUNK];
     loop {
@@ -304,7 +308,7 @@ async fn pack<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(mut plain: R, mut fra
         framed.write_all(&chunk[..4 + length]).await?;
         framed.flush().await?;
         if length == 0 {
-            return framed.shutdown().await;
+            return Ok(());
         }
     }
 }

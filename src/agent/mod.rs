@@ -17,7 +17,7 @@ pub use identity::{InstanceError, load_instance, new_boot};
 pub use network::NetworkChanges;
 pub use plain::PlainStream;
 pub use retry::{Next, Retry};
-pub use session::{MuxSession, follow_link_settings, receive_window};
+pub use session::{MuxSession, end_session, follow_link_settings, receive_window};
 
 /// What an attempt that failed means for the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,15 +3,19 @@
 //! Owns the translation of limits into mux options. Does not know channels' meaning. Invariant: neither side opens
 //! more channels than the smaller of both limits.
 
-use std::time::Duration;
+use std::{pin::Pin, time::Duration};
 
 use crate::{
     config::LinkLimits,
     transport::{
         hello::{LinkControl, LocalHello, PeerHello, Session, SessionIo},
-        mux::{self, Incoming, Mux, MuxDriver, MuxOptions, Role},
+        mux::{self, Incoming, Mux, MuxDriver, MuxError, MuxOptions, Role},
     },
 };
+
+/// How long a mux that ends may take for what finished connections have left and for the other side to take it: somewhat
+/// longer than the mux itself waits for its last bytes.
+const GOODBYE: Duration = Duration::from_secs(6);
 
 /// A running mux and its parts. The driver must be polled: spawn it and await it.
 pub struct MuxSession {
@@ -52,5 +56,28 @@ impl MuxSession {
         };
         let (mux, incoming, driver) = mux::start(io, options);
         Self { mux, incoming, driver, link, peer }
+    }
+}
+
+/// Ends a session that is still up, so that the other side learns it at once: connections in use are reset, what finished
+/// ones have left is delivered. None if there was no carrier to do that on, or no time.
+pub async fn end_session(
+    mux: &Mux,
+    driver: Pin<&mut MuxDriver<SessionIo>>,
+    link: Option<&LinkControl>,
+) -> Option<Result<(), MuxError>> {
+    mux.close();
+    let detached = async {
+        match link {
+            Some(link) => drop(link.wait_detached().await),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        ended = driver => Some(ended),
+        // Nobody will bring another one.
+        () = detached => None,
+        () = tokio::time::sleep(GOODBYE) => None,
     }
 }

@@ -4,12 +4,17 @@
 //! reaches the device. Invariant: nothing but the target's bytes is written to standard output, and a cut ends with
 //! a code that is not zero.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 
 use anyhow::{Context as _, anyhow};
 use prometheus::Registry;
 use tokio::{
-    io::AsyncWriteExt as _,
+    io::{AsyncWrite, AsyncWriteExt as _},
     signal::unix::{SignalKind, signal},
     task::JoinSet,
 };
@@ -32,7 +37,7 @@ pub(super) async fn run(args: &ConnectArgs) -> Outcome {
     for socket in sockets(args) {
         match call(&socket, &request).await {
             Ok(Answer::Joined(joined)) => {
-                let ran = joined.run(tokio::io::stdin(), tokio::io::stdout()).await;
+                let ran = joined.run(tokio::io::stdin(), Output::new()).await;
                 return judge(args, ran);
             }
             Ok(Answer::Json(_)) => return Err(not_joined()),
@@ -70,7 +75,11 @@ async fn alone(args: &ConnectArgs, request: Request) -> Outcome {
     let ended = tokio::select! {
         reply = handle.handle(request) => match reply {
             Reply::Join(target) => tokio::select! {
-                ran = join(target) => judge(args, ran),
+                ran = async {
+                    join(target).await?;
+                    handle.delivered().await;
+                    Ok(())
+                } => judge(args, ran),
                 stopped = stopped() => stopped,
             },
             Reply::Refused(reason) => Err(Failure::unavailable(anyhow!(reason))),
@@ -101,11 +110,43 @@ async fn join(target: Box<dyn JoinIo>) -> io::Result<()> {
         to_target.shutdown().await
     };
     let down = async {
-        let mut stdout = tokio::io::stdout();
-        tokio::io::copy(&mut from_target, &mut stdout).await?;
-        stdout.flush().await
+        let mut output = Output::new();
+        tokio::io::copy(&mut from_target, &mut output).await?;
+        output.shutdown().await
     };
     tokio::try_join!(up, down).map(|_| ())
+}
+
+/// Standard output, whose end reaches whoever reads it. Rust's own stays open until the process ends, which would wait for
+/// standard input: ssh, whose ProxyCommand this is, waited for the end of a connection that the target had closed.
+struct Output(tokio::io::Stdout);
+
+impl Output {
+    fn new() -> Self {
+        Self(tokio::io::stdout())
+    }
+
+    fn close() -> io::Result<()> {
+        // Where both are one socket, as under inetd, the input is to go on.
+        let _ = socket2::SockRef::from(&io::stdout()).shutdown(std::net::Shutdown::Write);
+        let nowhere = fs::OpenOptions::new().write(true).open("/dev/null")?;
+        Ok(rustix::stdio::dup2_stdout(nowhere)?)
+    }
+}
+
+impl AsyncWrite for Output {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.0).poll_flush(cx))?;
+        Poll::Ready(Self::close())
+    }
 }
 
 /// ssh ends its ProxyCommand by SIGHUP; that is no mistake of anybody's.

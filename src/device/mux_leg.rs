@@ -20,7 +20,7 @@ use tracing::{Instrument as _, debug, info, warn};
 
 use super::metrics::DeviceMetrics;
 use crate::{
-    agent::{HubCarrier, MuxSession, NetworkChanges},
+    agent::{HubCarrier, MuxSession, NetworkChanges, end_session},
     base::{Name, Pass},
     config::LinkLimits,
     forward::{Outlet, serve_channel},
@@ -38,8 +38,6 @@ use crate::{
 const CHANNELS_END: Duration = Duration::from_secs(5);
 /// What a service daemon hears whose place was taken by another one that says it is the same.
 const TWIN: &str = "another service daemon with the same instance ID took its place; was its state_dir copied?";
-/// How long a goodbye may take when the daemon stops.
-const GOODBYE: Duration = Duration::from_secs(2);
 
 /// All mux legs of a device. Clones share them.
 #[derive(Clone)]
@@ -225,30 +223,31 @@ impl MuxLegs {
                 Some(_) = channels.join_next(), if !channels.is_empty() => {}
             }
         };
-        let is_over = link.as_ref().is_some_and(|link| link.end().is_some());
-        if matches!(ended, Some(Err(MuxError::Io(_)))) && !is_over {
+        let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
+        if matches!(ended, Some(Err(MuxError::Io(_)))) && lost.is_none() {
             // The hub may hold the other end of a carrier that broke here. Where the link or the mux ended for a reason of
             // its own, the last words are on their way, and this would overtake them.
             self.report_lost(key);
         }
         if ended.is_none() {
-            // The driver carries the goodbye, so that the service learns at once.
-            mux.close();
-            link.iter().for_each(|link| link.close("the device ends the device stream"));
-            let _ = timeout(GOODBYE, driver).await;
+            if lost.is_none() {
+                end_session(&mux, driver.as_mut(), link.as_ref()).await;
+            }
             cut.cancel();
+        }
+        if let Some(link) = &link {
+            link.say_goodbye("the device ends the device stream").await;
         }
         // If the mux broke, each channel has failed by itself, and its flow tells so; cut is who has not noticed.
         for _ in 0..2 {
             let _ = timeout(CHANNELS_END, async { while channels.join_next().await.is_some() {} }).await;
             cut.cancel();
         }
-        let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
-        lost.unwrap_or_else(|| match ended {
-            Some(Err(error)) => error.to_string(),
+        match ended {
             Some(Ok(())) => "ended by the service".into(),
-            None => "ended here".into(),
-        })
+            Some(Err(error)) => lost.unwrap_or_else(|| error.to_string()),
+            None => lost.unwrap_or_else(|| "ended here".into()),
+        }
     }
 
     /// Tells the hub at once when the carrier of a session is lost or does not answer, and probes it when the network
@@ -268,7 +267,10 @@ impl MuxLegs {
                 // What cannot be resumed lives as long as its carrier does.
                 () = monitor.suspect(), if may_report && link.is_some() => self.report_lost(key),
                 () = gone(link.as_ref()) => {
-                    self.report_lost(key);
+                    // Of a link that has ended the last word is on its way, and this would overtake it.
+                    if link.as_ref().is_some_and(|link| link.end().is_none()) {
+                        self.report_lost(key);
+                    }
                     match &link {
                         Some(link) if link.wait_attached().await => {}
                         _ => return std::future::pending().await,

@@ -34,7 +34,8 @@ const TURN: usize = 256 * 1024;
 /// silent (design.md, section 2).
 const PLAIN_HOLD: Duration = Duration::from_secs(30);
 /// After the far side of a plain device stream has ended, the local socket is read and discarded this long, because
-/// closing a socket with unread bytes makes the kernel drop what was just written to it.
+/// closing a socket with unread bytes makes the kernel drop what was just written to it. As long a side is still read that
+/// takes nothing any more: an answer that it gave before it left (`413`, a login refused) came in front of its reset.
 const LINGER: Duration = Duration::from_secs(5);
 
 thread_local! {
@@ -45,6 +46,19 @@ thread_local! {
 pub trait Abort: AsyncRead + AsyncWrite + Unpin {
     /// Ends both directions at once, so that the peer sees a reset and never an end.
     fn abort(self);
+
+    /// The same, but behind what was written to this side, if that can still be delivered.
+    fn abort_behind(self)
+    where
+        Self: Sized,
+    {
+        self.abort();
+    }
+
+    /// Ready when this side has failed although its end was read: nothing else tells, then, until something is written.
+    fn poll_failed(&mut self, _: &mut Context<'_>) -> Poll<io::Error> {
+        Poll::Pending
+    }
 
     /// Says whether a drop is a reset from now on. A flow's task may be dropped at any await (a daemon that is told
     /// twice to stop, a panic), and the process may be killed: none of these is an end.
@@ -76,6 +90,14 @@ impl Abort for Socket {
 impl Abort for Channel {
     fn abort(self) {
         self.reset();
+    }
+
+    fn abort_behind(self) {
+        self.reset_behind();
+    }
+
+    fn poll_failed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        Self::poll_failed(self, cx)
     }
 }
 
@@ -156,7 +178,7 @@ pub async fn join<A: Abort, B: Abort>(
         // In this order, so that a flow that has its own reason to end says that one.
         biased;
         end = std::future::poll_fn(|cx| flow.poll(cx)) => end,
-        () = stop => Err(Failure { side: None, error: io::ErrorKind::Interrupted.into() }),
+        () = stop => Err(Failure { side: None, error: io::ErrorKind::Interrupted.into(), writing: false }),
     };
     flow.finish(end)
 }
@@ -170,6 +192,8 @@ struct Flow<A, B> {
     /// Plain device streams: the far side's Close has been answered.
     far_closed: bool,
     timer: Option<Pin<Box<Sleep>>>,
+    /// Why the flow will end, once what its broken side had said before is passed on.
+    broken: Option<Failure>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -182,6 +206,8 @@ enum Side {
 struct Failure {
     side: Option<Side>,
     error: io::Error,
+    /// It showed when something was written: there may be bytes to read from that side still.
+    writing: bool,
 }
 
 impl<A: Abort, B: Abort> Flow<A, B> {
@@ -194,10 +220,33 @@ impl<A: Abort, B: Abort> Flow<A, B> {
             half_close: options.half_close,
             far_closed: false,
             timer: None,
+            broken: None,
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        if self.broken.is_none() {
+            match ready!(self.poll_both(cx)) {
+                Err(failure) if failure.writing => self.broken = Some(failure),
+                end => return Poll::Ready(end),
+            }
+        }
+        ready!(self.poll_rest(cx));
+        Poll::Ready(self.broken.take().map_or(Ok(()), Err))
+    }
+
+    /// What the broken side had said: until it ends, or nothing has moved for a while.
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_local = self.broken.as_ref().is_some_and(|failure| failure.side == Some(Side::Local));
+        let (rest, last_activity) = if is_local {
+            (self.up.poll(cx, &mut self.local, &mut self.far), self.up.last_activity)
+        } else {
+            (self.down.poll(cx, &mut self.far, &mut self.local), self.down.last_activity)
+        };
+        if rest.is_ready() { Poll::Ready(()) } else { self.poll_timer(cx, last_activity + LINGER) }
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         let down = self.down.poll(cx, &mut self.far, &mut self.local);
         let down = down.map_err(|error| error.at(Side::Far, Side::Local))?;
         if down.is_ready() && !self.half_close {
@@ -210,7 +259,14 @@ impl<A: Abort, B: Abort> Flow<A, B> {
             self.up.state = State::ShuttingDown;
             cx.waker().wake_by_ref();
         }
-        if down.is_ready() && up.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if down.is_ready() && up.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if down.is_ready() {
+            let error = ready!(self.far.poll_failed(cx));
+            return Poll::Ready(Err(Failure { side: Some(Side::Far), error, writing: false }));
+        }
+        Poll::Pending
     }
 
     /// Plain: the local side has ended; its Close waits until the other direction has been silent for a while.
@@ -244,7 +300,12 @@ impl<A: Abort, B: Abort> Flow<A, B> {
             return FlowEnd { reason: Reason::Done, detail: None, sent, received };
         };
         self.local.abort();
-        self.far.abort();
+        if failure.side == Some(Side::Local) {
+            // What the local side said before it broke is on its way.
+            self.far.abort_behind();
+        } else {
+            self.far.abort();
+        }
         FlowEnd { reason: failure.reason(), detail: failure.detail(), sent, received }
     }
 }
@@ -298,8 +359,8 @@ enum DirectionError {
 impl DirectionError {
     fn at(self, reader: Side, writer: Side) -> Failure {
         match self {
-            Self::Reading(error) => Failure { side: Some(reader), error },
-            Self::Writing(error) => Failure { side: Some(writer), error },
+            Self::Reading(error) => Failure { side: Some(reader), error, writing: false },
+            Self::Writing(error) => Failure { side: Some(writer), error, writing: true },
         }
     }
 }
@@ -548,6 +609,32 @@ mod tests {
         let (end, answer, received) = tokio::join!(flow, client, server);
         assert_eq!((end.reason, end.sent, end.received), (Reason::Done, 100_000, 6));
         assert_eq!((answer.as_str(), received == upload), ("got it", true));
+    }
+
+    #[tokio::test]
+    async fn what_a_side_said_before_it_broke_is_passed_on() {
+        let (local, mut target, _) = Pipe::new(64);
+        let (far, mut client, _) = Pipe::new(64);
+        target.write_all(b"413").await.unwrap();
+        drop(target);
+        client.write_all(b"too much").await.unwrap();
+        let (end, mut answer) = (join(local, far, options(true), never()).await, Vec::new());
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!((end.reason, &answer[..]), (Reason::LocalReset, &b"413"[..]));
+
+        // The other way round, where the answer finds no room at first.
+        let (local, mut client, _) = Pipe::new(1);
+        let (far, mut target, _) = Pipe::new(64);
+        target.write_all(b"413").await.unwrap();
+        drop(target);
+        client.write_all(b"x").await.unwrap();
+        let answer = async {
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            answer
+        };
+        let (end, answer) = tokio::join!(join(local, far, options(true), never()), answer);
+        assert_eq!((end.reason, &answer[..]), (Reason::PeerReset, &b"413"[..]));
     }
 
     #[tokio::test]

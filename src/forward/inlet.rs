@@ -3,7 +3,12 @@
 //! Owns accepting, the rule's own limit, the life of each flow and its closing line. Does not know devices' streams:
 //! a [`Connector`] opens the far side. Invariant: every accepted connection ends in [`Shared::close_flow`], once.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -37,17 +42,37 @@ pub type Opened = Box<dyn FarSide>;
 pub trait FarSide: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send {
     /// [`Abort::abort`], boxed.
     fn abort_boxed(self: Box<Self>);
+    /// [`Abort::abort_behind`], boxed.
+    fn abort_behind_boxed(self: Box<Self>);
+    /// [`Abort::poll_failed`].
+    fn poll_failed_boxed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error>;
 }
 
 impl<T: Abort + Send> FarSide for T {
     fn abort_boxed(self: Box<Self>) {
         self.abort();
     }
+
+    fn abort_behind_boxed(self: Box<Self>) {
+        self.abort_behind();
+    }
+
+    fn poll_failed_boxed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        self.poll_failed(cx)
+    }
 }
 
 impl Abort for Box<dyn FarSide> {
     fn abort(self) {
         self.abort_boxed();
+    }
+
+    fn abort_behind(self) {
+        self.abort_behind_boxed();
+    }
+
+    fn poll_failed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        (**self).poll_failed_boxed(cx)
     }
 }
 
@@ -202,6 +227,11 @@ impl Shared {
                     FlowEnd { reason: failure.reason, detail: Some(failure.detail), sent: 0, received: 0 }
                 }
             },
+            () = socket.failed() => {
+                // It would take a place for as long as the device is waited for.
+                let detail = Some("the client left before the device had answered".into());
+                FlowEnd { reason: Reason::LocalReset, detail, sent: 0, received: 0 }
+            }
             () = self.cut.cancelled() => FlowEnd { reason: Reason::Stopped, detail: None, sent: 0, received: 0 },
         };
         drop(open);

@@ -5,6 +5,7 @@
 //! address that is checked is the address that is connected.
 
 use std::{
+    future::poll_fn,
     io,
     net::IpAddr,
     sync::{Arc, RwLock},
@@ -212,6 +213,15 @@ impl Outlet {
         }
     }
 
+    /// Notes and logs a connection whose client left before the target had answered.
+    fn forsaken(&self, name: &Name, policy: Option<&Name>) {
+        // Names that peers make up do not become labels.
+        if self.find(name, policy).is_ok() {
+            self.metrics.ended(name.as_str(), Reason::PeerReset);
+        }
+        info!(target = %name, reason = Reason::PeerReset.as_str(), "the client left before the target had answered");
+    }
+
     /// Notes and logs a connection that did not come to be.
     pub fn refuse(&self, error: &OutletError, policy: Option<&Name>) {
         let label = match error {
@@ -274,15 +284,17 @@ async fn serve_target(
     stop: CancellationToken,
 ) {
     let dialled = tokio::select! {
+        // A client that has gone while the link was detached is not dialled for.
+        biased;
+        _ = poll_fn(|cx| channel.poll_failed(cx)) => return outlet.forsaken(name, policy),
         dialled = outlet.dial(name, policy) => dialled,
         () = stop.cancelled() => return,
     };
     match dialled {
-        Ok(dialled) => {
-            if answer(&mut channel, Verdict::Ok, "").await.is_ok() {
-                outlet.join(dialled, channel, true, stop).await;
-            }
-        }
+        Ok(dialled) => match answer(&mut channel, Verdict::Ok, "").await {
+            Ok(()) => outlet.join(dialled, channel, true, stop).await,
+            Err(_) => outlet.forsaken(name, policy),
+        },
         Err(error) => {
             outlet.refuse(&error, policy);
             // The service resets its side on this; if it is gone already there is nobody to tell.

@@ -138,6 +138,14 @@ impl<C: Abort> Abort for Verdicted<C> {
     fn abort(self) {
         self.channel.abort();
     }
+
+    fn abort_behind(self) {
+        self.channel.abort_behind();
+    }
+
+    fn poll_failed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        self.channel.poll_failed(cx)
+    }
 }
 
 #[cfg(test)]

@@ -210,4 +210,12 @@ impl<F: Abort> Abort for Held<F> {
     fn abort(self) {
         self.far.abort();
     }
+
+    fn abort_behind(self) {
+        self.far.abort_behind();
+    }
+
+    fn poll_failed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        self.far.poll_failed(cx)
+    }
 }

@@ -184,6 +184,11 @@ impl ServiceHandle {
         self.shared.desired.send_replace(config);
     }
 
+    /// Waits until the devices have taken what was written to connections that have ended, or the sessions are lost.
+    pub async fn delivered(&self) {
+        self.shared.tunnels.delivered().await;
+    }
+
     /// Where a forward listens, once its listener is open.
     pub fn listens_at(&self, forward: &str) -> Option<String> {
         self.shared.board.endpoint(forward)

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info, info_span, warn};
@@ -22,7 +22,7 @@ use super::{
     resume::keep_attached,
 };
 use crate::{
-    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Next, Retry},
+    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Next, Retry, end_session},
     base::{Identity, StreamName},
     config::LinkLimits,
     proto::streams::MUX_STREAM,
@@ -43,8 +43,6 @@ const NUDGED_PAUSE: Duration = Duration::from_secs(1);
 /// An attempt that is older than this when the network changes is made again: it may wait at the far end of a path that
 /// is gone. A younger one was made on the network as it is now; events come in bursts.
 const SETTLED: Duration = Duration::from_secs(5);
-/// How long a tunnel that was told to stop has to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(2);
 
 /// What all tunnels of a service share.
 #[derive(Clone)]
@@ -359,18 +357,20 @@ impl Keeper {
             ended = &mut driver => Some(ended),
             () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), (monitor, &self.obstacle), publish) => None,
             () = self.stop.cancelled() => {
-                // The driver carries the goodbye, so that the device learns at once.
-                mux.close();
-                link.iter().for_each(|link| link.close("the service stops"));
-                timeout(GOODBYE, driver).await.ok()
+                end_session(&mux, driver.as_mut(), link.as_ref()).await;
+                Some(Ok(()))
             }
         };
         let lost = link.as_ref().and_then(LinkControl::end).map(|end| end.to_string());
-        let why = lost.unwrap_or_else(|| match ended {
-            Some(Err(error)) => error.to_string(),
+        let why = match ended {
+            Some(Ok(())) if self.stop.is_cancelled() => "the service stops".into(),
             Some(Ok(())) => "ended by the device".into(),
-            None => "stopped".into(),
-        });
+            Some(Err(error)) => lost.unwrap_or_else(|| error.to_string()),
+            None => lost.unwrap_or_else(|| "its keeper gave up".into()),
+        };
+        if let Some(link) = &link {
+            link.say_goodbye(&why).await;
+        }
         self.deps.metrics.ended(&self.device);
         info!(seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
         why

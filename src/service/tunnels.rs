@@ -19,6 +19,9 @@ use crate::base::Identity;
 /// A tunnel that no forward names, opened by `culvert connect`, is kept this long for the next use.
 const AD_HOC: Duration = Duration::from_secs(60);
 
+/// How often a command that is done looks whether its last bytes are: less than a person notices.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// The tunnels. Clones share them.
 #[derive(Clone)]
 pub(crate) struct Tunnels {
@@ -81,6 +84,13 @@ impl Tunnels {
         });
     }
 
+    /// Waits until the devices have taken what was written to connections that have ended, or the sessions are lost.
+    pub(super) async fn delivered(&self) {
+        while self.lock().values().any(|entry| is_under_way(&entry.tunnel)) {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     /// Waits until all tunnels have ended; call it after `stop` was cancelled.
     pub(super) async fn wait(&self) {
         self.tasks.close();
@@ -92,6 +102,11 @@ impl Tunnels {
         let open = self.lock();
         open.iter().map(|(device, entry)| status(device, &entry.tunnel)).collect()
     }
+}
+
+fn is_under_way(tunnel: &Tunnel) -> bool {
+    let TunnelState::Up { mux, link, .. } = tunnel.state() else { return false };
+    mux.channels() > 0 || link.is_some_and(|link| link.end().is_none() && link.state().replay_bytes > 0)
 }
 
 fn status(device: &Identity, tunnel: &Tunnel) -> serde_json::Value {

@@ -44,6 +44,10 @@ use crate::{
     proto::link::{AttachError, Core, INITIAL_WINDOW, Options, Positions},
 };
 
+/// How long the last word of a link may take on a path that is full. A peer that does not hear it waits for another carrier
+/// until its grace is over, with all its flows.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
 /// What a link runs over: one mortal connection through the hub.
 pub trait CarrierIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> CarrierIo for T {}
@@ -274,6 +278,15 @@ impl LinkControl {
     /// Ends the link and tells the other side, if that is possible without waiting.
     pub fn close(&self, reason: &str) {
         self.fail(EndReason::ClosedHere(reason.to_owned()));
+    }
+
+    /// Ends the link, if it has not ended, and waits until the other side could hear it; on a path that is full, for five
+    /// seconds. Whoever polled the link has stopped doing so.
+    pub async fn say_goodbye(&self, reason: &str) {
+        self.close(reason);
+        let farewell = std::future::poll_fn(|cx| self.shared.driver().poll_farewell(cx));
+        // Who has not heard it by then, finds out by the grace.
+        let _ = tokio::time::timeout(LAST_WORD, farewell).await;
     }
 
     /// Takes the carrier away: whoever watches over the link knows that it leads nowhere. The link waits for another.

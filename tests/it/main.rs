@@ -14,6 +14,7 @@ mod desktop;
 mod failures;
 mod leaks;
 mod observed;
+mod partings;
 mod reload;
 mod severed;
 mod ssh;

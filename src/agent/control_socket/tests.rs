@@ -98,6 +98,24 @@ async fn a_cut_is_never_a_clean_end() {
 }
 
 #[tokio::test]
+async fn a_cut_behind_the_targets_end_is_no_clean_end_either() {
+    let mut bench = Bench::start("behind").await;
+    let joined = bench.joined().await;
+    let (mut output, output_end) = tokio::io::duplex(64);
+    let (mut input, input_end) = tokio::io::duplex(64);
+    let client = async {
+        bench.target.shutdown().await.unwrap();
+        // The end has come through, and the client has more to say.
+        assert_eq!(output.read(&mut [0]).await.unwrap(), 0);
+        bench.shutdown.cancel();
+        bench.running.join_next().await.unwrap().unwrap();
+        input.shutdown().await.unwrap();
+    };
+    let (ran, ()) = tokio::join!(joined.run(input_end, output_end), client);
+    assert!(ran.is_err());
+}
+
+#[tokio::test]
 async fn a_client_that_dies_cuts_the_target() {
     let mut bench = Bench::start("dies").await;
     drop(bench.joined().await);

@@ -46,6 +46,8 @@ pub(super) enum Fin {
     /// To be sent behind what is unsent.
     Queued,
     Sent,
+    /// A reset, behind what is unsent.
+    Reset,
 }
 
 /// One channel.
@@ -102,7 +104,7 @@ impl Channel {
     /// Something may go out now, as far as the peer's window is concerned.
     pub(super) fn sendable(&self) -> bool {
         let data = !self.unsent.is_empty();
-        self.failure.is_none() && if data { self.send_credit > 0 } else { self.fin == Fin::Queued }
+        self.failure.is_none() && if data { self.send_credit > 0 } else { matches!(self.fin, Fin::Queued | Fin::Reset) }
     }
 
     /// Both directions ended as they should, or a reset is through.

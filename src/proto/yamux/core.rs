@@ -27,6 +27,10 @@ const UNREAD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a mux that closes waits for finished channels to send what is left of them.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long the bytes in front of a reset wait for the peer's window. A live reader takes a channel's share of unsent
+/// bytes sooner on any path; one that does not read must still learn of the reset while it writes.
+const RESET_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Which end opened the tunnel: clients open channels with odd IDs, servers with even ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -166,6 +170,8 @@ pub struct Core {
     /// Channels that could use more than the initial window.
     pub(super) want_growth: usize,
     pub(super) over_since: Option<Instant>,
+    /// Channels whose reset waits behind their bytes, and until when; those that are done with are dropped at times.
+    pub(super) parting: VecDeque<(Instant, u32)>,
     pub(super) events: VecDeque<Event>,
 }
 
@@ -203,6 +209,7 @@ impl Core {
             grown: 0,
             want_growth: 0,
             over_since: None,
+            parting: VecDeque::new(),
             events: VecDeque::new(),
         }
     }
@@ -333,10 +340,35 @@ impl Core {
         self.discard_received(key.0);
     }
 
+    /// Ends the channel behind what was written, which is still sent, for [`RESET_PATIENCE`] at most. What is unread is gone.
+    pub fn reset_behind(&mut self, now: Instant, key: &Key) {
+        let Some(channel) = self.slots.get_mut(key.slot()).and_then(Option::as_deref_mut) else { return };
+        if channel.failure.is_some() || channel.unsent.is_empty() {
+            return self.reset(key);
+        }
+        channel.fin = Fin::Reset;
+        let id = channel.id;
+        self.discard_received(key.0);
+        if self.parting.len() > 2 * self.by_id.len() {
+            let mut parting = std::mem::take(&mut self.parting);
+            parting.retain(|(_, id)| self.is_parting(*id).is_some());
+            self.parting = parting;
+        }
+        self.parting.push_back((now + RESET_PATIENCE, id));
+    }
+
+    /// Why the channel carries nothing any more, also behind an end that was read; if nothing is wrong, an
+    /// [`Event::Readable`] follows when that changes.
+    pub fn failure(&mut self, key: &Key) -> Option<Failure> {
+        let Some(channel) = self.channel_mut(key.0) else { return Some(Failure::Aborted) };
+        channel.reader_waits |= channel.failure.is_none();
+        channel.failure
+    }
+
     /// The application lets go. Unless both directions have ended and everything was read, the peer sees a reset.
     pub fn release(&mut self, key: &Key) {
         let Some(channel) = self.channel(key.0) else { return };
-        if !channel.is_complete() {
+        if !channel.is_complete() && channel.fin != Fin::Reset {
             self.fail_channel(key.0, Failure::Reset);
         }
         self.discard_received(key.0);
@@ -367,6 +399,7 @@ impl Core {
         self.control.clear();
         self.pongs.clear();
         self.refusals.clear();
+        self.parting.clear();
         self.schedule = Schedule::default();
         for slot in self.taken_slots() {
             if let Some(channel) = self.channel_mut(slot) {
@@ -390,11 +423,13 @@ impl Core {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let unread = self.over_since.map(|since| since + UNREAD_PATIENCE);
-        match self.phase {
-            Phase::Closing { until } => Some(unread.map_or(until, |other| other.min(until))),
-            Phase::Running => unread,
-            Phase::Ended => None,
-        }
+        let parting = self.parting.front().map(|(until, _)| *until);
+        let closing = match self.phase {
+            Phase::Closing { until } => Some(until),
+            Phase::Running => None,
+            Phase::Ended => return None,
+        };
+        unread.into_iter().chain(parting).chain(closing).min()
     }
 
     /// The deadline passed.
@@ -402,9 +437,20 @@ impl Core {
         if self.over_since.is_some_and(|since| now >= since + UNREAD_PATIENCE) {
             self.reset_hoarders();
         }
+        while let Some((_, id)) = self.parting.pop_front_if(|(until, _)| *until <= now) {
+            if let Some(slot) = self.is_parting(id) {
+                self.fail_channel(slot, Failure::Reset);
+            }
+        }
         if matches!(self.phase, Phase::Closing { until } if now >= until) {
             self.go_away_now(0);
         }
+    }
+
+    /// The slot of a channel whose reset still waits behind its bytes.
+    fn is_parting(&self, id: u32) -> Option<u32> {
+        let slot = *self.by_id.get(&id)?;
+        self.channel(slot).filter(|channel| channel.fin == Fin::Reset && channel.failure.is_none()).map(|_| slot)
     }
 
     /// False while too much is unread: the driver leaves the peer's bytes where they are until readers have caught

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::channel::{Channel, Failure};
+use super::channel::{Channel, Failure, Fin};
 use super::core::{Core, Event, Phase};
 use super::frame::{ACK, FIN, HEADER, Header, Kind, RST, SYN, Violation};
 
@@ -202,7 +202,7 @@ impl Core {
     fn on_body(&mut self, id: u32, body: &[u8]) {
         let Some(&slot) = self.by_id.get(&id) else { return };
         let Some(channel) = self.slots.get_mut(slot as usize).and_then(Option::as_deref_mut) else { return };
-        if channel.failure.is_some() {
+        if channel.failure.is_some() || channel.fin == Fin::Reset {
             return;
         }
         if channel.fin_received {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use bytes::BytesMut;
 
-use super::channel::{Channel, Fin, INITIAL_WINDOW};
+use super::channel::{Channel, Failure, Fin, INITIAL_WINDOW};
 use super::chunks::CHUNK;
 use super::core::{Core, Phase};
 use super::frame::{ACK, FIN, HEADER, Header, Kind, RST, SYN};
@@ -129,7 +129,9 @@ impl Core {
             if !self.schedule.may_send(slot, &mut channel.turn, sendable) {
                 continue;
             }
-            if channel.unsent.is_empty() {
+            if channel.unsent.is_empty() && channel.fin == Fin::Reset {
+                self.fail_channel(slot, Failure::Reset);
+            } else if channel.unsent.is_empty() {
                 Header { kind: Kind::Data, flags: FIN, id: channel.id, length: 0 }.encode(out);
                 channel.fin = Fin::Sent;
                 Schedule::sent(&mut channel.turn, HEADER);

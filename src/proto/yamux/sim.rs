@@ -65,6 +65,8 @@ struct World {
     directions: HashMap<(u32, usize), Direction>,
     /// Channels that someone reset.
     reset: HashSet<u32>,
+    /// Channels that someone reset in front of bytes: these may be lost.
+    reset_at_once: HashSet<u32>,
 }
 
 impl World {
@@ -75,7 +77,14 @@ impl World {
         };
         let rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let ends = [end(Role::Client), end(Role::Server)];
-        Self { rng, now: Instant::now(), ends, directions: HashMap::new(), reset: HashSet::new() }
+        Self {
+            rng,
+            now: Instant::now(),
+            ends,
+            directions: HashMap::new(),
+            reset: HashSet::new(),
+            reset_at_once: HashSet::new(),
+        }
     }
 
     fn step(&mut self, resets: bool) {
@@ -165,7 +174,11 @@ impl World {
                 from.ended = true;
                 0
             }
-            Reading::Failed(failure) => return assert!(self.reset.contains(&flow.id), "{failure}"),
+            Reading::Failed(failure) => {
+                assert!(self.reset.contains(&flow.id), "{failure}");
+                let whole = self.reset_at_once.contains(&flow.id) || from.read == from.written;
+                return assert!(whole, "channel {}: a reset in front of what was written before it", flow.id);
+            }
             Reading::Wait => return flow.reader_waits = true,
         };
         from.read += n;
@@ -188,6 +201,11 @@ impl World {
         let theirs = self.directions.get(&(flow.id, 1 - side)).is_some_and(|d| d.finished && d.read == d.written);
         if !(ours && theirs) {
             self.reset.insert(flow.id);
+        }
+        if self.rng.below(2) == 0 {
+            self.ends[side].core.reset_behind(self.now, &flow.key);
+        } else {
+            self.reset_at_once.insert(flow.id);
         }
         self.ends[side].core.release(&flow.key);
         // The end may not have been received yet although it was meant: then this was a reset too.
@@ -279,6 +297,7 @@ fn run(seed: u64) {
     for side in 0..2 {
         for flow in std::mem::take(&mut world.ends[side].flows) {
             world.reset.insert(flow.id);
+            world.reset_at_once.insert(flow.id);
             world.ends[side].core.release(&flow.key);
         }
     }

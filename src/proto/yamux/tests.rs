@@ -64,6 +64,36 @@ fn opening_data_and_ends_on_the_wire() {
 }
 
 #[test]
+fn a_reset_behind_bytes_follows_them_and_waits_for_a_reader_only_so_long() {
+    let now = Instant::now();
+    let mut client = core(Role::Client);
+    let key = client.open(now).unwrap();
+    write_all(&mut client, &key, 5);
+    client.reset_behind(now, &key);
+    client.release(&key);
+    let data: Vec<_> = said(&mut client).iter().filter(|h| h.id == 1).map(|h| (h.kind, h.flags, h.length)).collect();
+    assert_eq!(data, [(Kind::WindowUpdate, SYN, 0), (Kind::Data, 0, 5), (Kind::WindowUpdate, RST, 0)]);
+    assert_eq!((client.channels(), client.poll_timeout().is_some()), (0, true));
+
+    // Nobody reads: the window is used up, and what comes from there is of no interest any more.
+    let key = client.open(now).unwrap();
+    for _ in 0..4 {
+        write_all(&mut client, &key, 64 * 1024);
+        said(&mut client);
+    }
+    write_all(&mut client, &key, 9);
+    client.reset_behind(now, &key);
+    client.release(&key);
+    feed(&mut client, &frame(Kind::Data, 0, 3, 2, b"hi")).unwrap();
+    assert!(said(&mut client).is_empty());
+    assert_eq!((client.channels(), client.unread(), client.unsent()), (1, 0, 9));
+    client.handle_timeout(client.poll_timeout().unwrap());
+    client.handle_timeout(now + Duration::from_secs(30));
+    assert_eq!(said(&mut client).iter().map(|h| (h.flags, h.id)).collect::<Vec<_>>(), [(RST, 3)]);
+    assert_eq!((client.channels(), client.unsent(), client.poll_timeout()), (0, 0, None));
+}
+
+#[test]
 fn a_channel_is_acknowledged_at_once() {
     let mut server = core(Role::Server);
     feed(&mut server, &frame(Kind::Data, SYN, 1, 2, b"hi")).unwrap();

@@ -482,6 +482,37 @@ impl Driver {
         }
     }
 
+    /// The last word of a link that has ended, behind the frame that was on its way, and the end of its carrier. What still
+    /// comes is of no interest, but a connection that is closed in front of it takes the last word with it.
+    pub(super) fn poll_farewell(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.announce_end();
+        let sent = self.try_pump_out(cx, now(), true);
+        let Some(carrier) = self.carrier.as_mut().filter(|_| self.core.ended().is_some()) else {
+            return Poll::Ready(());
+        };
+        let over = match sent {
+            Poll::Ready(Ok(())) => Pin::new(&mut *carrier).poll_shutdown(cx).is_ready(),
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if over {
+            self.carrier = None;
+            return Poll::Ready(());
+        }
+        for _ in 0..TURN {
+            let mut scratch = [0; SCRATCH];
+            let mut buf = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut *carrier).poll_read(cx, &mut buf) {
+                // How the carrier ends shows above.
+                Poll::Pending | Poll::Ready(Err(_)) => return Poll::Pending,
+                Poll::Ready(Ok(())) if buf.filled().is_empty() => return Poll::Pending,
+                Poll::Ready(Ok(())) => {}
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
     /// The application is gone: so is the link.
     pub(super) fn abandon(&mut self, cx: &mut Context<'_>) -> Option<BoxedCarrier> {
         if self.core.ended().is_none() {

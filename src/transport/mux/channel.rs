@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 
 use super::{Shared, State, channel_error};
 use crate::proto::yamux::{Key, Reading, Writing};
@@ -41,6 +42,27 @@ impl Channel {
         let mut state = self.shared.lock();
         state.core.reset(&self.key);
         self.shared.dispatch(state);
+    }
+
+    /// Ends the channel behind what was written: the peer still gets that, unless it reads nothing for long, and then the
+    /// reset.
+    pub fn reset_behind(self) {
+        let mut state = self.shared.lock();
+        state.core.reset_behind(Instant::now().into_std(), &self.key);
+        self.shared.dispatch(state);
+    }
+
+    /// Ready once the channel carries nothing any more for a reason that is no end: also behind an end that was read,
+    /// where a read does not tell.
+    pub fn poll_failed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let mut state = self.shared.lock();
+        match state.core.failure(&self.key) {
+            Some(failure) => Poll::Ready(channel_error(failure)),
+            None => {
+                wait(&mut state.waiting(self.key.slot()).reader, cx);
+                Poll::Pending
+            }
+        }
     }
 
     /// Like reading, but hands out what was received without copying, at most 16 KiB at a time; none is the end.

@@ -12,7 +12,7 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
 };
 
@@ -61,6 +61,16 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.readable().await,
             Self::Unix(socket) => socket.readable().await,
+        }
+    }
+
+    /// Waits until the connection is broken (a reset, a lost peer); an end is none of that. What can be read stays there.
+    pub async fn failed(&self) {
+        match self {
+            // An error of the wait itself is no news of the connection.
+            Self::Tcp(socket) if socket.ready(Interest::ERROR).await.is_ok() => {}
+            // A Unix socket has no reset.
+            Self::Tcp(_) | Self::Unix(_) => std::future::pending().await,
         }
     }
 

@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use super::targets::Server;
@@ -22,6 +23,8 @@ struct State {
     /// Both sockets of each tunnel that is up.
     tunnels: Mutex<Vec<[TcpStream; 2]>>,
     is_refusing: AtomicBool,
+    /// Bytes per second in each direction of each tunnel; 0 is as fast as it goes.
+    pace: AtomicU64,
     served: AtomicU64,
     /// The value of Proxy-Authorization that is asked for.
     wanted: Option<String>,
@@ -61,6 +64,11 @@ impl Proxy {
         }
     }
 
+    /// From now on each direction of each tunnel carries so many bytes per second.
+    pub fn pace(&self, bytes_per_second: u64) {
+        self.state.pace.store(bytes_per_second, Ordering::Relaxed);
+    }
+
     /// From now on nobody gets through, or everybody again.
     pub fn refuse(&self, is_refusing: bool) {
         self.state.is_refusing.store(is_refusing, Ordering::SeqCst);
@@ -90,16 +98,28 @@ impl State {
         }
         self.tunnels.lock().unwrap().push([client.try_clone().unwrap(), hub.try_clone().unwrap()]);
         std::thread::scope(|scope| {
-            scope.spawn(|| pump(&client, &hub));
-            pump(&hub, &client);
+            scope.spawn(|| self.pump(&client, &hub));
+            self.pump(&hub, &client);
         });
     }
-}
 
-/// One direction, to its end.
-fn pump(mut from: &TcpStream, mut to: &TcpStream) {
-    let _ = std::io::copy(&mut from, &mut to);
-    let _ = to.shutdown(Shutdown::Write);
+    /// One direction, to its end.
+    fn pump(&self, mut from: &TcpStream, mut to: &TcpStream) {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let pace = self.pace.load(Ordering::Relaxed);
+            // A slow line takes little at a time.
+            let most = if pace == 0 { buffer.len() } else { 4096 };
+            let Ok(count @ 1..) = from.read(&mut buffer[..most]) else { break };
+            if pace > 0 {
+                std::thread::sleep(Duration::from_secs(1).mul_f64(count as f64 / pace as f64));
+            }
+            if to.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    }
 }
 
 fn read_head(client: &mut TcpStream) -> Option<String> {
