@@ -208,7 +208,9 @@ pub(super) async fn check_forward(shared: &Shared, name: &str) -> ForwardHealth 
     match &found {
         ForwardHealth::Usable => shared.metrics.set_usable(name, true),
         ForwardHealth::Unusable(_) => shared.metrics.set_usable(name, false),
-        ForwardHealth::Idle | ForwardHealth::Unknown => {}
+        // Nothing is known any more, and what was known is no answer.
+        ForwardHealth::Idle => shared.metrics.forget_forward(name),
+        ForwardHealth::Unknown => {}
     }
     let mut cache = lock(&shared.board.forwards);
     cache.retain(|_, (when, _)| when.elapsed() < CACHED);

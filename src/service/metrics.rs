@@ -3,6 +3,11 @@
 //! Owns metric names. Does not know a registry until one is handed in. Invariant: a device is a label only because an
 //! operator wrote it into a forward.
 
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 
 use crate::base::Identity;
@@ -15,6 +20,8 @@ pub struct ServiceMetrics {
     failed: IntCounterVec,
     usable: IntGaugeVec,
     hub: prometheus::IntGauge,
+    /// The devices that forwards name. What people type at `culvert connect` is no label.
+    named: Arc<Mutex<BTreeSet<Identity>>>,
 }
 
 impl Default for ServiceMetrics {
@@ -43,6 +50,7 @@ impl Default for ServiceMetrics {
                 "1 if the hub answered and accepted the service's credential at the last check.",
             )
             .unwrap_or_else(|error| bad(error)),
+            named: Arc::default(),
         }
     }
 }
@@ -59,18 +67,46 @@ impl ServiceMetrics {
         registry.register(Box::new(self.hub.clone()))
     }
 
+    /// From now on these devices are labels; the series of others are gone.
+    pub(super) fn set_named(&self, devices: &BTreeSet<Identity>) {
+        let mut named = self.named();
+        for device in named.difference(devices) {
+            let label = &[device.to_string()];
+            // An error means that there was no such series.
+            let _ = self.open.remove_label_values(label);
+            let _ = self.opened.remove_label_values(label);
+            let _ = self.failed.remove_label_values(label);
+        }
+        named.clone_from(devices);
+    }
+
     pub(super) fn opened(&self, device: &Identity) {
-        let device = device.to_string();
-        self.open.with_label_values(&[&device]).set(1);
-        self.opened.with_label_values(&[&device]).inc();
+        let label = self.label(device);
+        self.opened.with_label_values(&[&label]).inc();
+        self.set_open(&label, true);
     }
 
     pub(super) fn ended(&self, device: &Identity) {
-        self.open.with_label_values(&[device.to_string()]).set(0);
+        self.set_open(&self.label(device), false);
+    }
+
+    fn set_open(&self, label: &str, is_open: bool) {
+        // Of the unnamed there may be several.
+        if !label.is_empty() {
+            self.open.with_label_values(&[label]).set(i64::from(is_open));
+        }
     }
 
     pub(super) fn attempt_failed(&self, device: &Identity) {
-        self.failed.with_label_values(&[device.to_string()]).inc();
+        self.failed.with_label_values(&[self.label(device)]).inc();
+    }
+
+    fn label(&self, device: &Identity) -> String {
+        if self.named().contains(device) { device.to_string() } else { String::new() }
+    }
+
+    fn named(&self) -> MutexGuard<'_, BTreeSet<Identity>> {
+        self.named.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn set_usable(&self, forward: &str, is_usable: bool) {
@@ -84,5 +120,29 @@ impl ServiceMetrics {
 
     pub(super) fn set_hub_usable(&self, is_usable: bool) {
         self.hub.set(i64::from(is_usable));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_devices_that_forwards_name_are_labels() {
+        let (metrics, registry) = (ServiceMetrics::default(), Registry::new());
+        metrics.register(&registry).unwrap();
+        let (named, typed): (Identity, Identity) = ("pump-17".parse().unwrap(), "typo".parse().unwrap());
+        metrics.set_named(&BTreeSet::from([named.clone()]));
+        for device in [&named, &typed] {
+            metrics.opened(device);
+            metrics.attempt_failed(device);
+        }
+        let text = || prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        assert!(text().contains("culvert_service_device_streams{device=\"pump-17\"} 1") && !text().contains("typo"));
+        metrics.ended(&named);
+        assert!(text().contains("culvert_service_device_streams{device=\"pump-17\"} 0"));
+        metrics.set_named(&BTreeSet::new());
+        metrics.ended(&named);
+        assert!(!text().contains("pump-17"));
     }
 }

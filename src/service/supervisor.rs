@@ -162,6 +162,7 @@ impl Supervisor {
     fn want_tunnels(&self, desired: &ServiceConfig) {
         let mux = || desired.forwards.iter().filter(|rule| rule.mode == ForwardMode::Mux);
         let needed: BTreeSet<_> = mux().map(ForwardRule::identity).collect();
+        self.shared.metrics.set_named(&needed);
         for rule in mux().filter(|rule| rule.connect == ConnectMode::Start) {
             self.shared.tunnels.to(&rule.identity()).want();
         }

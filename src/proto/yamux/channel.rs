@@ -60,7 +60,9 @@ pub(super) struct Channel {
     pub(super) received: Chunks,
     /// What the peer may still send.
     pub(super) credit: u32,
-    /// What `credit` and `received` may add up to.
+    /// What it has announced in the header of a frame, and we do not have yet.
+    pub(super) arriving: u32,
+    /// What `credit`, `arriving` and `received` may add up to.
     pub(super) window: u32,
     pub(super) growth: Growth,
     /// It could use a larger window than the initial one.
@@ -131,6 +133,6 @@ impl Channel {
             return 0;
         }
         let unread = u32::try_from(self.received.len()).unwrap_or(u32::MAX);
-        self.window.saturating_sub(self.credit).saturating_sub(unread)
+        self.window.saturating_sub(self.credit).saturating_sub(self.arriving).saturating_sub(unread)
     }
 }

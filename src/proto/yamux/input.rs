@@ -106,6 +106,7 @@ impl Core {
                 return Err(Violation::Window { id, length, window: channel.credit });
             }
             channel.credit -= length;
+            channel.arriving = length;
         } else if length > limit {
             // For a channel that is gone: what was on its way is dropped, but no window was ever larger.
             return Err(Violation::FrameLength(length));
@@ -202,6 +203,7 @@ impl Core {
     fn on_body(&mut self, id: u32, body: &[u8]) {
         let Some(&slot) = self.by_id.get(&id) else { return };
         let Some(channel) = self.slots.get_mut(slot as usize).and_then(Option::as_deref_mut) else { return };
+        channel.arriving = channel.arriving.saturating_sub(body.len() as u32);
         if channel.failure.is_some() || channel.fin == Fin::Reset {
             return;
         }

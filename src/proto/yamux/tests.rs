@@ -94,6 +94,20 @@ fn a_reset_behind_bytes_follows_them_and_waits_for_a_reader_only_so_long() {
 }
 
 #[test]
+fn no_credit_is_given_for_what_a_frame_has_only_announced() {
+    let mut server = core(Role::Server);
+    let key = accept(&mut server, 1);
+    // One frame of the whole window, of which a part has come and been read.
+    let whole = frame(Kind::Data, 0, 1, 256 * 1024, &[7; 160 * 1024]);
+    feed(&mut server, &whole).unwrap();
+    server.consume(&key, 160 * 1024);
+    let granted: u32 = said(&mut server).iter().filter(|h| h.kind == Kind::WindowUpdate).map(|h| h.length).sum();
+    assert_eq!(granted, 160 * 1024);
+    feed(&mut server, &[7; 96 * 1024]).unwrap();
+    assert_eq!(server.unread(), 96 * 1024);
+}
+
+#[test]
 fn a_channel_is_acknowledged_at_once() {
     let mut server = core(Role::Server);
     feed(&mut server, &frame(Kind::Data, SYN, 1, 2, b"hi")).unwrap();

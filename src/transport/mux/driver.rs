@@ -244,6 +244,11 @@ impl<T: Tunnel> Future for MuxDriver<T> {
                 }
             }
         }
+        // A peer that always has something to say does not put deadlines off.
+        if let Err(result) = this.watch_the_clock(cx) {
+            this.shared.end();
+            return Poll::Ready(result);
+        }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
