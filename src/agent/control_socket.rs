@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
     net::{UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::Semaphore,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -40,6 +40,8 @@ pub const MAX_CHUNK: usize = 64 << 10;
 const MAX_CONNECTIONS: usize = 256;
 /// A client must send its request within this time; it is local.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a refusal, which holds up the next client.
+const REFUSAL_TIMEOUT: Duration = Duration::from_millis(200);
 /// After a failed accept (no descriptor left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// Owner and group: the group `culvert` is who may use the daemon.
@@ -177,10 +179,11 @@ impl ControlSocket {
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => break,
                 Some(_) = connections.join_next() => continue,
-                accepted = accept(&self.listener, &slots) => accepted,
+                accepted = self.listener.accept() => accepted,
             };
-            match accepted {
-                Ok((client, slot)) => {
+            match accepted.map(|(client, _)| (client, slots.clone().try_acquire_owned())) {
+                Ok((client, Err(_))) => refuse(client).await,
+                Ok((client, Ok(slot))) => {
                     let handler = handler.clone();
                     connections.spawn(async move {
                         if let Err(error) = serve(client, &*handler).await {
@@ -220,10 +223,17 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
-async fn accept(listener: &UnixListener, slots: &Arc<Semaphore>) -> io::Result<(UnixStream, OwnedSemaphorePermit)> {
-    let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (client, _) = listener.accept().await?;
-    Ok((client, slot))
+/// Says that there are too many, instead of letting somebody wait without a word for one of them to end.
+async fn refuse(client: UnixStream) {
+    let refusal = async {
+        let mut client = BufReader::new(client);
+        // A socket that is closed with something unread in it takes back what was written.
+        read_line(&mut client).await?;
+        let text = format!("{MAX_CONNECTIONS} `culvert connect`s run through this daemon, as many as may; end some");
+        write_line(&mut client, &AnswerLine::Error(text)).await
+    };
+    // Who does not listen does not miss it.
+    let _ = tokio::time::timeout(REFUSAL_TIMEOUT, refusal).await;
 }
 
 async fn serve(client: UnixStream, handler: &dyn ControlHandler) -> io::Result<()> {

@@ -163,6 +163,21 @@ mod watched {
 }
 
 #[tokio::test]
+async fn one_client_too_many_is_told_so() {
+    let bench = Bench::start("many").await;
+    let mut clients = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        clients.push(UnixStream::connect(&bench.path).await.unwrap());
+    }
+    let refused = call(&bench.path, &Request::Status).await;
+    assert!(matches!(refused, Err(CallError::Refused(why)) if why.starts_with("256 `culvert connect`s")));
+    drop(clients);
+    while call(&bench.path, &Request::Status).await.is_err() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn nonsense_is_refused_and_endless_lines_end() {
     let bench = Bench::start("nonsense").await;
     let mut client = UnixStream::connect(&bench.path).await.unwrap();
