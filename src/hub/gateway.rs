@@ -37,6 +37,10 @@ impl LegIo for Io {
     fn is_gone(&self) -> bool {
         self.get_ref().0.get_ref().is_ended()
     }
+
+    fn end_with_reset(&self) {
+        self.get_ref().0.get_ref().end_with_reset();
+    }
 }
 
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
