@@ -226,9 +226,9 @@ async fn dispatch(
         Endpoint::DeviceStreams => {
             Ok(answer::json(&serde_json::json!({ "streamingEndpoints": [hub.endpoint().to_string()] })))
         }
-        Endpoint::Devices => devices_api::list(hub, parts.uri.query().unwrap_or_default()),
-        Endpoint::Modules => devices_api::modules(hub, &gaps),
-        Endpoint::Device | Endpoint::Module => devices_api::serve(hub, &gaps, &parts, body).await,
+        Endpoint::Devices => devices_api::list(hub, caller, parts.uri.query().unwrap_or_default()),
+        Endpoint::Modules => devices_api::modules(hub, caller, &gaps),
+        Endpoint::Device | Endpoint::Module => devices_api::serve(hub, caller, &gaps, &parts, body).await,
         Endpoint::Bridge | Endpoint::Mqtt => Err(ApiError::MethodNotAllowed),
     }
 }
