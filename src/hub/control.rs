@@ -88,8 +88,8 @@ pub enum End {
     /// The hub has as many sessions as it may have.
     #[error("the hub is full")]
     Full,
-    /// Its token's time is over.
-    #[error("the token expired")]
+    /// The time of its token or certificate is over.
+    #[error("the token or certificate expired")]
     Expired,
     /// It was disabled, removed, or lost the credential it came with.
     #[error("the credential was revoked")]

@@ -320,6 +320,7 @@ impl Drop for Attachment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hub::record::Anchor;
 
     fn pump() -> Identity {
         "pump-17".parse().unwrap()
@@ -340,7 +341,7 @@ mod tests {
     }
 
     const YES: Answer = Answer { accepted: true, reason: None };
-    const KEY: Admission = Admission::Authority;
+    const KEY: Admission = Admission::Authority(Anchor([0; 32]));
     const MINUTE: Duration = Duration::from_secs(60);
 
     async fn rid(inbox: &mut mpsc::Receiver<ToDevice>) -> String {
