@@ -288,6 +288,10 @@ async fn shutdown_and_a_full_hub_are_told() {
     let code = second.log_in(&connect("kiosk", NODE, Some(token("kiosk", &key(5))))).await;
     assert_eq!(code, ConnectCode::ServerUnavailable);
     assert!(matches!(second.end().await, End::Full));
+    // Its own session is a device's to replace.
+    let successor = ready(&hub, NODE).await;
+    assert!(matches!(device.end().await, End::TakenOver));
+    let device = successor;
     let stranger = Dialogue::tcp(&hub, Vec::new()).await;
     hub.shutdown.cancel();
     assert!(matches!(device.end().await, End::Shutdown));
