@@ -30,7 +30,7 @@ use super::{
 use crate::{
     proto::streams::ApiError,
     transport::{
-        net::{BindError, CarrierSocket, Endpoint as Address, Listener, Peer, Socket},
+        net::{BindError, CarrierSocket, Endpoint as Address, Listener, Peer, Socket, acknowledge_now},
         tls::Acceptor,
     },
 };
