@@ -5,6 +5,7 @@
 //! a receiver may pause for as long as its sender is there.
 
 use std::{
+    any::Any,
     convert::Infallible,
     io,
     ops::Range,
@@ -69,6 +70,8 @@ pub(in crate::hub) struct Leg<S> {
     ended: Option<Ended>,
     /// What it said while it waited for the other leg.
     said: Pipe,
+    /// What lives as long as the leg.
+    _held: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// How a leg ended.
@@ -171,7 +174,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     pub(in crate::hub) fn new(io: S, early: bytes::Bytes) -> Self {
         let decoder = Decoder::new(End::Client);
         let (control, said) = (Vec::new(), Pipe::default());
-        Self { io, early, decoder, control, mid_frame: false, unflushed: false, owed: false, ended: None, said }
+        Self {
+            io,
+            early,
+            decoder,
+            control,
+            mid_frame: false,
+            unflushed: false,
+            owed: false,
+            ended: None,
+            said,
+            _held: None,
+        }
+    }
+
+    /// Keeps what counts its connection for as long as it lives.
+    #[must_use]
+    pub(in crate::hub) fn with(mut self, held: Arc<dyn Any + Send + Sync>) -> Self {
+        self._held = Some(held);
+        self
     }
 
     /// Answers pings as long as the other leg is not there, and keeps one buffer of what this one says. No end.
