@@ -682,6 +682,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_receiver_that_reads_only_after_it_has_spoken_gets_its_rest_too() {
+        let mut left = Left::new().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let message = [&[0x82, 0x80 | 126, 0x40, 0, 0, 0, 0, 0], &[8; 0x4000][..]].concat();
+        tokio::time::timeout(Duration::from_secs(1), left.device.write_all(&message)).await.unwrap().unwrap();
+        assert!(left.read().await.ends_with(&[7, 0x88, 2, 0x03, 0xe8]));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_receiver_that_pauses_for_too_long_is_reset() {
         let mut left = Left::new().await;
         tokio::time::sleep(Duration::from_secs(16 * 60)).await;

@@ -17,7 +17,7 @@ use std::{
 
 use prometheus::IntCounter;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::timeout,
 };
 
@@ -246,12 +246,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
         if let Some(close) = self.decoder.close() {
             self.ended = Some(Ended::Closed(close.clone()));
         }
+        self.answer_pings();
+        Poll::Ready(())
+    }
+
+    fn answer_pings(&mut self) {
         while let Some(ping) = self.decoder.take_ping() {
             if self.control.len() < MAX_CONTROL_OUT {
                 self.control.extend(pong(&ping, None));
             }
         }
-        Poll::Ready(())
     }
 
     /// Writes control frames that wait, then `pipe`.
@@ -308,14 +312,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
         }
         self.owed = false;
         if !matches!(self.ended, Some(Ended::Closed(_))) {
-            let _ = timeout(CLOSE_ANSWER, self.until_closed()).await;
+            let _ = timeout(CLOSE_ANSWER, std::future::poll_fn(|cx| self.poll_forget(cx))).await;
         }
         // The leg is told that TLS ends, too, if it still listens.
         let _ = timeout(CLOSE_ANSWER, self.io.shutdown()).await;
     }
 
+    /// What the leg says meanwhile has nowhere to go, but it may not read before it has said it.
     async fn deliver_last(&mut self, under_way: &mut Pipe, frame: Vec<u8>) -> io::Result<()> {
-        std::future::poll_fn(|cx| self.poll_deliver(cx, under_way)).await?;
+        let rest = |cx: &mut Context<'_>| {
+            let _ = self.poll_forget(cx);
+            self.answer_pings();
+            self.poll_deliver(cx, under_way)
+        };
+        std::future::poll_fn(rest).await?;
         self.control.extend(frame);
         std::future::poll_fn(|cx| self.poll_deliver(cx, &mut Pipe::default())).await
     }
@@ -328,18 +338,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     }
 
     /// Reads and forgets until the Close, the end or an error.
-    async fn until_closed(&mut self) {
-        let mut buffer = vec![0; 4096];
+    fn poll_forget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut buffer = [0; 4096];
         while self.decoder.close().is_none() {
-            let early = std::mem::take(&mut self.early);
-            let taken = early.len().min(buffer.len());
-            buffer[..taken].copy_from_slice(&early[..taken]);
-            let read = if taken > 0 { Ok(taken) } else { self.io.read(&mut buffer).await };
-            let Ok(1..) = read else { return };
-            if self.decoder.strip(&mut buffer, 0..read.unwrap_or_default()).1.is_err() {
-                return;
+            let Ok(read @ 1..) = ready!(self.poll_read(cx, &mut buffer)) else { return Poll::Ready(()) };
+            if self.decoder.strip(&mut buffer, 0..read).1.is_err() {
+                return Poll::Ready(());
             }
         }
+        Poll::Ready(())
     }
 }
 
