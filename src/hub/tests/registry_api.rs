@@ -148,3 +148,40 @@ async fn what_is_disabled_stays_so_until_someone_says_otherwise() {
     }
     hub.stopped().await;
 }
+
+#[tokio::test]
+async fn who_is_registered_anew_finds_no_session() {
+    let hub = TestHub::start().await;
+    hub.register("pump/flow").await;
+    for identity in ["pump", "pump/flow"] {
+        assert!(!hub.device(identity).await.known && hub.device(identity).await.known);
+    }
+    while hub.metrics.device_sessions.get() > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(hub.request("DELETE /devices/pump", &[hub.sas("registry", 2)], "").await.status, 204);
+    for identity in ["pump", "pump/flow"] {
+        hub.register(identity).await;
+        assert!(!hub.device(identity).await.known, "{identity}");
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_write_that_names_no_key_undoes_no_rotation() {
+    let hub = TestHub::start().await;
+    let put = async |body: String| {
+        let headers = [hub.sas("registry", 2), "If-Match: *".into()];
+        hub.request("PUT /devices/pump", &headers, &body).await
+    };
+    for round in 0..20 {
+        let key = crate::auth::key::encode_key(&super::support::key(round));
+        let rotate = put(format!(r#"{{"authentication":{{"symmetricKey":{{"primaryKey":"{key}"}}}}}}"#));
+        let enable = || put(r#"{"status":"enabled"}"#.into());
+        let (rotated, ..) = tokio::join!(rotate, enable(), enable(), enable(), enable());
+        assert_eq!(rotated.status, 200);
+        let shown = hub.request("GET /devices/pump", &[hub.sas("registry", 2)], "").await.json();
+        assert_eq!(shown["authentication"]["symmetricKey"]["primaryKey"], key, "round {round}");
+    }
+    hub.stopped().await;
+}
