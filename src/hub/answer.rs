@@ -1,7 +1,7 @@
 //! Answers of the HTTPS API.
 //!
-//! Owns the shape of success and failure on the wire. Does not know routes. Invariant: every answer carries a
-//! request ID that the log line of a failure carries too.
+//! Owns the shape of success and failure on the wire. Does not know routes. Invariant: every answer carries
+//! an ID; that of a failure within the hub is in the log, too.
 
 use std::time::SystemTime;
 
@@ -42,6 +42,9 @@ pub(in crate::hub) fn json(value: &Value) -> Answer {
 pub(in crate::hub) fn error(error: &ApiError) -> Answer {
     let id = random::uuid();
     let tracking = id.replace('-', "");
+    if matches!(error, ApiError::Internal) {
+        tracing::error!(tracking, "answered that the hub itself failed: the line before this one has the reason");
+    }
     let mut answer = Response::new(Full::from(error.body(&tracking, Utc::from(SystemTime::now()))));
     *answer.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(header::CONTENT_TYPE, JSON);

@@ -19,7 +19,6 @@ use std::{net::SocketAddr, time::Duration};
 use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::mpsc,
     time::{Instant, sleep_until, timeout},
 };
 
@@ -29,7 +28,7 @@ use self::{
     wire::{Wire, WireError},
 };
 use super::{
-    courier::{Answer, Attachment, INBOX, Invitation, ToDevice},
+    courier::{self, Answer, Attachment, Invitation, ToDevice},
     metrics::Counted,
     shared::HubShared,
 };
@@ -88,8 +87,8 @@ pub enum End {
     /// The hub has as many sessions as it may have.
     #[error("the hub is full")]
     Full,
-    /// Its token's time is over.
-    #[error("the token expired")]
+    /// The time of its token or certificate is over.
+    #[error("the token or certificate expired")]
     Expired,
     /// It was disabled, removed, or lost the credential it came with.
     #[error("the credential was revoked")]
@@ -186,7 +185,7 @@ where
 {
     let (code, end) = match wire.packet().await {
         Ok(Packet::Connect(connect)) => match login::log_in(&connect, peer, hub) {
-            Ok(login) if hub.metrics.device_sessions.get() < sessions_allowed(hub) => return Ok(login),
+            Ok(login) if has_room(hub, &login) => return Ok(login),
             Ok(_) => {
                 hub.metrics.limited.with_label_values(&["max_sessions"]).inc();
                 (ConnectCode::ServerUnavailable, End::Full)
@@ -203,8 +202,10 @@ where
     Err(end)
 }
 
-fn sessions_allowed(hub: &HubShared) -> i64 {
-    i64::try_from(hub.config().limits.max_sessions).unwrap_or(i64::MAX)
+/// A device that replaces its own session needs no room: it would be locked out by what it came to end.
+fn has_room(hub: &HubShared, login: &Login) -> bool {
+    let allowed = i64::try_from(hub.config().limits.max_sessions).unwrap_or(i64::MAX);
+    hub.metrics.device_sessions.get() < allowed || hub.courier.is_attached(&login.identity)
 }
 
 /// The session proper: everything between CONNACK and the end.
@@ -212,7 +213,7 @@ async fn attached<IO>(wire: &mut Wire<'_, IO>, peer: &PeerInfo, hub: &HubShared,
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let (sender, mut inbox) = mpsc::channel(INBOX);
+    let (sender, mut inbox) = courier::inbox_for(hub.config().limits.max_pending_per_device);
     let attachment = hub.courier.attach(&login.identity, &login.admission, peer.addr, sender);
     let known = hub.sessions.resume(&login.identity, login.clean_session);
     let filters = known.unwrap_or_default();

@@ -8,7 +8,10 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -21,9 +24,13 @@ use tokio_util::sync::CancellationToken;
 use super::record::Admission;
 use crate::base::{Identity, Name, Secret, StreamName};
 
-/// Invitations that may wait in one session's inbox. A device that does not read its control connection stops
-/// being invited after this many; 16 is the in-flight limit of a device (threats, row 13).
-pub const INBOX: usize = 16;
+/// Invitations that may wait in one session's inbox beside the `max_pending_per_device` that may wait for an answer:
+/// as many as may pass that limit's check at one moment, one on each core. Whoever finds the inbox full does not learn
+/// when there is room.
+const INBOX_SLACK: usize = 64;
+
+/// At most so many, whatever the limit.
+const MOST_IN_INBOX: usize = 1 << 20;
 
 /// Devices renew their session before their token of an hour ends, the SDKs after 48 minutes; a session that is
 /// replaced sooner was replaced by something else: a network that changed, or a second machine.
@@ -84,6 +91,9 @@ pub enum ToDevice {
 #[derive(Debug, Clone, Default)]
 pub struct Courier {
     slots: Arc<Mutex<HashMap<Identity, Slot>>>,
+    /// How many sessions there have been. One count for all, and for good: a session that outlives its slot must not
+    /// share its number with one in the next.
+    numbers: Arc<AtomicU64>,
 }
 
 /// One identity that is attached, awaited, or both.
@@ -93,7 +103,6 @@ struct Slot {
     pending: HashMap<String, oneshot::Sender<Answered>>,
     /// Counts subscriptions, so that an inviter sees a newer session even if it missed the moment.
     subscribed: watch::Sender<u64>,
-    next_session: u64,
 }
 
 #[derive(Debug)]
@@ -104,6 +113,12 @@ struct Session {
     inbox: mpsc::Sender<ToDevice>,
     subscribed: bool,
     taken_over: CancellationToken,
+}
+
+/// An inbox for a session of a device that may have so many invitations waiting for an answer. It takes its room as it
+/// is needed.
+pub fn inbox_for(max_pending: usize) -> (mpsc::Sender<ToDevice>, mpsc::Receiver<ToDevice>) {
+    mpsc::channel(max_pending.saturating_add(INBOX_SLACK).min(MOST_IN_INBOX))
 }
 
 /// The hub's hold on one control session. Dropping it detaches the session.
@@ -129,8 +144,7 @@ impl Courier {
     ) -> Attachment {
         let mut slots = self.lock();
         let slot = slots.entry(identity.clone()).or_default();
-        slot.next_session += 1;
-        let number = slot.next_session;
+        let number = self.numbers.fetch_add(1, Relaxed) + 1;
         let taken_over = CancellationToken::new();
         let session = Session {
             number,
@@ -320,6 +334,7 @@ impl Drop for Attachment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hub::record::Anchor;
 
     fn pump() -> Identity {
         "pump-17".parse().unwrap()
@@ -340,7 +355,7 @@ mod tests {
     }
 
     const YES: Answer = Answer { accepted: true, reason: None };
-    const KEY: Admission = Admission::Authority;
+    const KEY: Admission = Admission::Authority(Anchor([0; 32]));
     const MINUTE: Duration = Duration::from_secs(60);
 
     async fn rid(inbox: &mut mpsc::Receiver<ToDevice>) -> String {
@@ -352,7 +367,7 @@ mod tests {
     async fn an_invitation_waits_for_the_subscription_and_returns_the_answer() {
         let courier = Courier::default();
         let id = pump();
-        let (sender, mut inbox) = mpsc::channel(INBOX);
+        let (sender, mut inbox) = inbox_for(16);
         let device = async {
             let attachment = courier.attach(&id, &KEY, peer(), sender);
             tokio::time::sleep(Duration::from_secs(20)).await;
@@ -375,7 +390,7 @@ mod tests {
         let id = pump();
         let absent = courier.invite(&id, invitation("r1"), Duration::from_secs(5), MINUTE).await;
         assert_eq!(absent, Err(InviteError::NotOnline));
-        let (sender, _inbox) = mpsc::channel(INBOX);
+        let (sender, _inbox) = inbox_for(16);
         let attachment = courier.attach(&id, &KEY, peer(), sender);
         attachment.subscribed();
         let silent = courier.invite(&id, invitation("r2"), Duration::ZERO, MINUTE).await;
@@ -386,12 +401,12 @@ mod tests {
     async fn a_newer_session_gets_the_same_request_again() {
         let courier = Courier::default();
         let id = pump();
-        let (old_sender, mut old_inbox) = mpsc::channel(INBOX);
+        let (old_sender, mut old_inbox) = inbox_for(16);
         let old = courier.attach(&id, &KEY, peer(), old_sender);
         old.subscribed();
         let device = async {
             assert_eq!(rid(&mut old_inbox).await, "r1");
-            let (sender, mut inbox) = mpsc::channel(INBOX);
+            let (sender, mut inbox) = inbox_for(16);
             let new = courier.attach(&id, &KEY, peer(), sender);
             old.taken_over().await;
             drop(old);
@@ -410,10 +425,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn another_device_cannot_answer() {
         let courier = Courier::default();
-        let (sender, mut inbox) = mpsc::channel(INBOX);
+        let (sender, mut inbox) = inbox_for(16);
         let pump_session = courier.attach(&pump(), &KEY, peer(), sender);
         pump_session.subscribed();
-        let (other_sender, _other_inbox) = mpsc::channel(INBOX);
+        let (other_sender, _other_inbox) = inbox_for(16);
         let other = courier.attach(&"kiosk".parse().unwrap(), &KEY, peer(), other_sender);
         let device = async {
             let rid = rid(&mut inbox).await;
@@ -422,5 +437,42 @@ mod tests {
         let id = pump();
         let (answer, ()) = tokio::join!(courier.invite(&id, invitation("r1"), MINUTE, MINUTE), device);
         assert_eq!(answer, Err(InviteError::NoAnswer));
+    }
+
+    #[tokio::test]
+    async fn an_older_session_that_ends_late_detaches_nobody_else() {
+        let courier = Courier::default();
+        let id = pump();
+        let first = courier.attach(&id, &KEY, peer(), inbox_for(16).0);
+        let second = courier.attach(&id, &KEY, peer(), inbox_for(16).0);
+        first.taken_over().await;
+        drop(second);
+        assert!(!courier.is_attached(&id));
+        let third = courier.attach(&id, &KEY, peer(), inbox_for(16).0);
+        let fourth = courier.attach(&id, &KEY, peer(), inbox_for(16).0);
+        drop((first, third));
+        assert!(courier.is_attached(&id));
+        drop(fourth);
+        assert!(!courier.is_attached(&id) && courier.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn as_many_invitations_as_may_wait_find_room() {
+        const MANY: usize = 1000;
+        let courier = Courier::default();
+        let id = pump();
+        let (sender, mut inbox) = inbox_for(MANY);
+        let attachment = courier.attach(&id, &KEY, peer(), sender);
+        attachment.subscribed();
+        let rids: Vec<String> = (0..MANY).map(|number| number.to_string()).collect();
+        let invited = rids.iter().map(|rid| courier.invite(&id, invitation(rid), Duration::ZERO, MINUTE));
+        let device = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            for _ in 0..MANY {
+                attachment.answer(&rid(&mut inbox).await, YES);
+            }
+        };
+        let (answers, ()) = tokio::join!(futures_util::future::join_all(invited), device);
+        assert!(answers.iter().all(Result::is_ok));
     }
 }

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::{
     answer::{self, Answer},
+    guard::Caller,
     random,
     record::{Authentication, DeviceRecord, DeviceSpec, Thumbprint},
     registry::{Precondition, RegistryError},
@@ -35,17 +36,19 @@ const MAX_STATUS_REASON: usize = 128;
 const NEVER: &str = "0001-01-01T00:00:00";
 
 /// `GET /devices?top=N`.
-pub(in crate::hub) fn list(hub: &HubShared, query: &str) -> Result<Answer, ApiError> {
+pub(in crate::hub) fn list(hub: &HubShared, caller: &Caller, query: &str) -> Result<Answer, ApiError> {
     let top = query.split('&').find_map(|pair| pair.strip_prefix("top="));
     let top = top.map_or(Ok(MAX_TOP), str::parse).ok().filter(|top| (1..=MAX_TOP).contains(top));
     let top = top.ok_or_else(|| ApiError::ArgumentInvalid(format!("top is not a number from 1 to {MAX_TOP}.")))?;
-    let devices = hub.registry.devices(top);
+    let config = hub.config();
+    let devices = hub.registry.devices(top, |device| caller.may_reach(&config, device));
     Ok(answer::json(&devices.iter().map(|record| to_json(hub, record)).collect()))
 }
 
 /// `GET /devices/{id}/modules`.
-pub(in crate::hub) fn modules(hub: &HubShared, gaps: &[String]) -> Result<Answer, ApiError> {
+pub(in crate::hub) fn modules(hub: &HubShared, caller: &Caller, gaps: &[String]) -> Result<Answer, ApiError> {
     let identity = identity_of(gaps)?;
+    caller.require_reach(&hub.config(), &identity.device)?;
     hub.registry.find(&identity).ok_or(ApiError::DeviceNotFound)?;
     let modules = hub.registry.modules(&identity.device);
     Ok(answer::json(&modules.iter().map(|record| to_json(hub, record)).collect()))
@@ -54,11 +57,13 @@ pub(in crate::hub) fn modules(hub: &HubShared, gaps: &[String]) -> Result<Answer
 /// `GET`, `PUT` and `DELETE` of one identity.
 pub(in crate::hub) async fn serve(
     hub: &HubShared,
+    caller: &Caller,
     gaps: &[String],
     parts: &Parts,
     body: Incoming,
 ) -> Result<Answer, ApiError> {
     let identity = identity_of(gaps)?;
+    caller.require_reach(&hub.config(), &identity.device)?;
     match parts.method {
         Method::GET => {
             let record = hub.registry.find(&identity).ok_or_else(|| not_found(&identity))?;
@@ -77,21 +82,19 @@ async fn put(hub: &HubShared, identity: Identity, headers: &HeaderMap, body: Inc
     body.check_names(&identity)?;
     // Without If-Match a PUT creates, as in IoT Hub.
     let when = if_match(headers)?.unwrap_or(Precondition::Absent);
-    let old = hub.registry.find(&identity).map(|record| record.authentication.clone());
-    let spec = DeviceSpec {
-        enabled: body.is_enabled()?,
-        status_reason: body.status_reason()?,
-        authentication: body.authentication(old.as_ref())?,
-        identity,
-    };
-    let record = hub.registry.put(spec, when).await.map_err(|error| refused(&error))?;
+    let record = hub.registry.update(identity.clone(), when, move |old| body.spec(identity, old)).await?;
     tracing::info!(device = %record.identity, enabled = record.enabled, "identity registered");
     Ok(with_etag(hub, &record))
 }
 
 async fn delete(hub: &HubShared, identity: &Identity, headers: &HeaderMap) -> Result<Answer, ApiError> {
     let when = if_match(headers)?.unwrap_or(Precondition::Any);
-    hub.registry.delete(identity, when).await.map_err(|error| refused(&error))?;
+    hub.registry.delete(identity, when).await?;
+    // Who is registered anew under this name finds nothing of it.
+    match identity.module {
+        Some(_) => hub.sessions.forget(identity),
+        None => hub.sessions.forget_family(&identity.device),
+    }
     tracing::info!(device = %identity, "identity removed");
     Ok(answer::empty(StatusCode::NO_CONTENT))
 }
@@ -127,18 +130,20 @@ fn not_found(identity: &Identity) -> ApiError {
     if identity.module.is_some() { ApiError::ModuleNotFound } else { ApiError::DeviceNotFound }
 }
 
-fn refused(error: &RegistryError) -> ApiError {
-    match error {
-        RegistryError::Exists(Identity { module: Some(_), .. }) => ApiError::ModuleAlreadyExists,
-        RegistryError::Exists(_) => ApiError::DeviceAlreadyExists,
-        RegistryError::NotFound(identity) => not_found(identity),
-        RegistryError::Changed(_) => ApiError::PreconditionFailed,
-        RegistryError::Full => ApiError::QuotaExceeded(format!("{error}.")),
-        RegistryError::Store(cause) => {
-            tracing::error!(%cause, "the registry's file failed");
-            ApiError::Internal
+impl From<RegistryError> for ApiError {
+    fn from(error: RegistryError) -> Self {
+        match error {
+            RegistryError::Exists(Identity { module: Some(_), .. }) => Self::ModuleAlreadyExists,
+            RegistryError::Exists(_) => Self::DeviceAlreadyExists,
+            RegistryError::NotFound(identity) => not_found(&identity),
+            RegistryError::Changed(_) => Self::PreconditionFailed,
+            RegistryError::Full => Self::QuotaExceeded(format!("{error}.")),
+            RegistryError::Store(cause) => {
+                tracing::error!(%cause, "the registry's file failed");
+                Self::Internal
+            }
+            RegistryError::Interrupted => Self::Unavailable { retry_after: 5 },
         }
-        RegistryError::Interrupted => ApiError::Unavailable { retry_after: 5 },
     }
 }
 
@@ -187,10 +192,23 @@ impl Body {
         Err(ApiError::ArgumentInvalid("The body names another identity than the path.".into()))
     }
 
-    fn is_enabled(&self) -> Result<bool, ApiError> {
+    /// What the body makes of the identity that is there. What it does not say stays as it was.
+    fn spec(&self, identity: Identity, old: Option<&DeviceRecord>) -> Result<DeviceSpec, ApiError> {
+        let status_reason = self.status_reason()?;
+        let kept = old.filter(|_| self.status.is_none() && status_reason.is_none());
+        Ok(DeviceSpec {
+            enabled: self.is_enabled()?.unwrap_or_else(|| old.is_none_or(|old| old.enabled)),
+            status_reason: kept.map_or(status_reason, |old| old.status_reason.clone()),
+            authentication: self.authentication(old.map(|old| &old.authentication))?,
+            identity,
+        })
+    }
+
+    fn is_enabled(&self) -> Result<Option<bool>, ApiError> {
         match self.status.as_deref() {
-            None | Some("enabled" | "Enabled") => Ok(true),
-            Some("disabled" | "Disabled") => Ok(false),
+            None => Ok(None),
+            Some("enabled" | "Enabled") => Ok(Some(true)),
+            Some("disabled" | "Disabled") => Ok(Some(false)),
             Some(_) => Err(ApiError::ArgumentInvalid("status is neither \"enabled\" nor \"disabled\".".into())),
         }
     }
@@ -281,19 +299,20 @@ fn to_json(hub: &HubShared, record: &DeviceRecord) -> Value {
         "deviceId": record.identity.device,
         "generationId": record.generation,
         "etag": record.etag,
+        "status": if record.enabled { "enabled" } else { "disabled" },
+        "statusReason": record.status_reason,
+        "statusUpdatedTime": time(record.status_updated),
         "connectionState": if attached { "Connected" } else { "Disconnected" },
         "connectionStateUpdatedTime": NEVER,
         "lastActivityTime": NEVER,
         "cloudToDeviceMessageCount": 0,
         "authentication": authentication_json(&record.authentication),
     });
+    // IoT Hub's modules have no status of their own. Ours do: who writes back what was read must not change it.
     if let Some(module) = &record.identity.module {
         device["moduleId"] = json!(module);
         device["managedBy"] = Value::Null;
     } else {
-        device["status"] = json!(if record.enabled { "enabled" } else { "disabled" });
-        device["statusReason"] = json!(record.status_reason);
-        device["statusUpdatedTime"] = json!(time(record.status_updated));
         device["capabilities"] = json!({ "iotEdge": false });
     }
     device
@@ -323,5 +342,6 @@ fn authentication_json(authentication: &Authentication) -> Value {
 pub fn fuzz_device(data: &[u8]) {
     let Ok(body) = serde_json::from_slice::<Body>(data) else { return };
     // Either is fine; only a panic is not.
-    let _ = (body.is_enabled(), body.status_reason(), body.authentication(None));
+    let Ok(identity) = "d".parse() else { unreachable!("an ID") };
+    let _ = body.spec(identity, None);
 }

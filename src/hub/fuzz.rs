@@ -126,7 +126,12 @@ fn good_connect() -> Vec<u8> {
 pub fn fuzz_request(data: &[u8]) {
     let (runtime, hub) = &*EMPTY_HUB;
     let limits = HubLimits::default();
-    let connection = Arc::new(Connection { hub: hub.clone(), peer: peer(), newcomer: Mutex::default() });
+    let connection = Arc::new(Connection {
+        hub: hub.clone(),
+        peer: peer(),
+        newcomer: Mutex::default(),
+        _open: super::metrics::Counted::new(&hub.metrics.connections_open),
+    });
     let served = async {
         let io = Guarded::new(saying(data.to_vec()), limits.request_head_timeout, limits.write_stall_timeout);
         let service = service_fn(move |request| observed(connection.clone(), request));

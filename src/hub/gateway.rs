@@ -37,6 +37,10 @@ impl LegIo for Io {
     fn is_gone(&self) -> bool {
         self.get_ref().0.get_ref().is_ended()
     }
+
+    fn end_with_reset(&self) {
+        self.get_ref().0.get_ref().end_with_reset();
+    }
 }
 
 /// Admits one leg to its bridge. `gaps` are the path's: hub, device, perhaps module, sid, side.
@@ -58,10 +62,12 @@ pub(in crate::hub) fn join(connection: &Arc<Connection>, gaps: &[String], reques
     let Some(seat) = hub.bridges.redeem(token, sid, side) else { return refused() };
     connection.authenticated();
     let upgrade = hyper::upgrade::on(request);
+    let connection = connection.clone();
     hub.spawn(async move {
         if let Some((mut io, early)) = switched(upgrade).await {
             io.get_mut().0.get_mut().limit_unsent();
-            seat.join(Leg::new(Box::new(io), early)).await;
+            let io: Box<dyn LegIo> = Box::new(io);
+            seat.join(Leg::new(io, early).with(connection)).await;
         }
     });
     offer.answer()

@@ -9,7 +9,7 @@ use http::{HeaderMap, header::AUTHORIZATION};
 
 use crate::{
     auth::{Rights, Sas},
-    base::{Name, Secret, Utc},
+    base::{DeviceId, Name, Secret, Utc},
     config::HubConfig,
     proto::streams::ApiError,
 };
@@ -71,6 +71,19 @@ fn check_lifetime(config: &HubConfig, sas: &Sas, now: Utc) -> Result<(), ApiErro
 }
 
 impl Caller {
+    /// True if the policy, as it is now, is for this device.
+    pub(in crate::hub) fn may_reach(&self, config: &HubConfig, device: &DeviceId) -> bool {
+        config.policy(&self.policy).is_some_and(|policy| policy.may_reach(device))
+    }
+
+    /// Refuses a caller whose policy is not for this device.
+    pub(in crate::hub) fn require_reach(&self, config: &HubConfig, device: &DeviceId) -> Result<(), ApiError> {
+        if self.may_reach(config, device) {
+            return Ok(());
+        }
+        Err(ApiError::Unauthorized(format!("policy {} does not reach this device.", self.policy)))
+    }
+
     /// Refuses a caller without the right.
     pub(in crate::hub) fn require(&self, right: Rights) -> Result<(), ApiError> {
         if self.rights.include(right) {

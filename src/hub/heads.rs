@@ -2,7 +2,8 @@
 //!
 //! Owns the size, the shape and the time of request heads, and the time of answers (threats.md, rows 6, 8 and 10).
 //! Does not know routes or tokens. Invariant: the HTTP parser sees a head only when it is whole, at most
-//! [`MAX_HEAD`] bytes long, with CRLF at every line's end, no folded line, and at most one length.
+//! [`MAX_HEAD`] bytes long, with CRLF at every line's end, no folded line, and at most one length; and only when the
+//! request before it has been answered.
 //!
 //! Why: hyper accepts bare LF and settles a conflict of lengths by itself; a proxy in front may settle it otherwise.
 //! Request bodies come with Content-Length only: no known client of this API sends them in chunks (411).
@@ -10,7 +11,7 @@
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -57,11 +58,24 @@ enum State {
     Refusing(&'static [u8], usize),
 }
 
+/// Where the answer to the last head is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reply {
+    /// Not begun.
+    Due,
+    /// In part with the kernel, or not flushed.
+    Begun,
+    Done,
+}
+
 /// A connection whose request heads are checked.
 #[derive(Debug)]
 pub(in crate::hub) struct Guarded<S> {
     io: S,
     state: State,
+    reply: Reply,
+    /// Who reads while an answer is not done: what was gathered meanwhile is judged then.
+    reader: Option<Waker>,
     /// Bytes of a head that is not whole yet.
     gathered: Vec<u8>,
     /// How many of them have been looked at: a head that comes byte by byte is not read again and again.
@@ -81,6 +95,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guarded<S> {
         Self {
             io,
             state: State::Head,
+            reply: Reply::Done,
+            reader: None,
             gathered: Vec::new(),
             scanned: 0,
             checked: Vec::new(),
@@ -106,13 +122,63 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guarded<S> {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let read = chunk.filled();
-        if self.gathered.is_empty() && !read.is_empty() {
-            // The first head's time runs from the connection's start, a later one's from its first byte.
-            let by = (Instant::now() + self.head_time).min(self.deadline.deadline());
-            self.deadline.as_mut().reset(by);
-        }
+        let first = self.gathered.is_empty();
         self.gathered.extend_from_slice(read);
+        if self.reply == Reply::Done {
+            self.skip_empty_lines();
+            if first && !self.gathered.is_empty() {
+                self.limit_head();
+            }
+        }
         Poll::Ready(Ok(!read.is_empty()))
+    }
+
+    /// The first head's time runs from the connection's start, a later one's from its first byte.
+    fn limit_head(&mut self) {
+        let by = (Instant::now() + self.head_time).min(self.deadline.deadline());
+        self.deadline.as_mut().reset(by);
+    }
+
+    /// Old clients send one behind a body (RFC 9112, section 2.2).
+    fn skip_empty_lines(&mut self) {
+        let lines = self.gathered.chunks_exact(2).take_while(|line| line == b"\r\n").count();
+        if lines > 0 {
+            self.gathered.drain(..2 * lines);
+            self.scanned = 0;
+        }
+    }
+
+    /// While an answer is not done the next head is gathered, but not judged: a refusal would overtake the answer.
+    fn poll_gather_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        self.reader = Some(cx.waker().clone());
+        if self.gathered.len() < MAX_HEAD {
+            return self.poll_gather(cx);
+        }
+        ready!(self.deadline.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Some bytes of an answer have been written. That the body may come (100) is not an answer.
+    fn replied(&mut self, bytes: &[u8]) {
+        if self.reply == Reply::Due && !bytes.is_empty() && !bytes.starts_with(b"HTTP/1.1 1") {
+            self.reply = Reply::Begun;
+        }
+    }
+
+    /// All that was written is with the kernel.
+    fn flushed(&mut self) {
+        if self.reply != Reply::Begun {
+            return;
+        }
+        self.reply = Reply::Done;
+        self.deadline.as_mut().reset(Instant::now() + IDLE);
+        self.skip_empty_lines();
+        if !self.gathered.is_empty() {
+            self.limit_head();
+        }
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
     }
 
     /// If a whole head has been gathered: hands it over, or refuses it.
@@ -140,6 +206,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Guarded<S> {
         self.taken = 0;
         self.scanned = 0;
         self.deadline.as_mut().reset(Instant::now() + IDLE);
+        self.reply = Reply::Due;
         self.state = match head {
             Head { upgrade: true, .. } => State::Upgraded,
             Head { body, .. } if body > body_here => State::Body(body - body_here),
@@ -206,6 +273,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guarded<S> {
                     this.state = if left == read as u64 { State::Head } else { State::Body(left - read as u64) };
                     return Poll::Ready(Ok(()));
                 }
+                State::Head if this.reply != Reply::Done => {
+                    if !ready!(this.poll_gather_ahead(cx))? {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
                 State::Head => {
                     // What came behind the head before is judged first: it may be whole already.
                     this.judge();
@@ -221,11 +293,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guarded<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_unstalled(cx, |io, cx| io.poll_write(cx, bytes))
+        let this = self.get_mut();
+        let written = ready!(this.poll_unstalled(cx, |io, cx| io.poll_write(cx, bytes)))?;
+        this.replied(&bytes[..written]);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().poll_unstalled(cx, |io, cx| io.poll_flush(cx))
+        let this = self.get_mut();
+        ready!(this.poll_unstalled(cx, |io, cx| io.poll_flush(cx)))?;
+        this.flushed();
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -237,7 +315,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_unstalled(cx, |io, cx| io.poll_write_vectored(cx, slices))
+        let this = self.get_mut();
+        let written = ready!(this.poll_unstalled(cx, |io, cx| io.poll_write_vectored(cx, slices)))?;
+        if written > 0 {
+            this.replied(slices.iter().find(|slice| !slice.is_empty()).map_or(&[], |slice| slice));
+        }
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -364,18 +447,27 @@ mod tests {
         Guarded::new(io, Duration::from_secs(10), Duration::from_secs(30))
     }
 
-    /// What the parser sees, and what the client is answered, when the client sends `bytes` and then ends.
+    /// What the parser sees, which answers at once, and what the client is answered besides, when the client sends
+    /// `bytes` and then ends.
     async fn through(bytes: &[u8]) -> (Vec<u8>, Vec<u8>) {
         let (mut client, io) = tokio::io::duplex(64 * 1024);
         client.write_all(bytes).await.unwrap();
         client.shutdown().await.unwrap();
         let (mut seen, mut answer) = (Vec::new(), Vec::new());
         let mut server = guarded(io);
-        server.read_to_end(&mut seen).await.unwrap();
+        while server.read_buf(&mut seen).await.unwrap() > 0 {
+            server.write_all(OK).await.unwrap();
+            server.flush().await.unwrap();
+        }
         drop(server);
         client.read_to_end(&mut answer).await.unwrap();
+        while let Some(rest) = answer.strip_prefix(OK) {
+            answer = rest.to_vec();
+        }
         (seen, answer)
     }
+
+    const OK: &[u8] = b"HTTP/1.1 204 \r\n\r\n";
 
     const GET: &str = "GET /x HTTP/1.1\r\nHost: h\r\n";
 
@@ -484,6 +576,54 @@ mod tests {
             () = trickle => unreachable!(),
         };
         assert_eq!((error.kind(), began.elapsed().as_secs()), (io::ErrorKind::TimedOut, 10));
+    }
+
+    #[tokio::test]
+    async fn empty_lines_between_requests_are_skipped() {
+        let (seen, answer) = through(format!("\r\n{GET}\r\n\r\n\r\n{GET}\r\n\r\n").as_bytes()).await;
+        assert_eq!(String::from_utf8(seen).unwrap(), format!("{GET}\r\n{GET}\r\n"));
+        assert!(answer.is_empty());
+    }
+
+    /// A guard that has handed a request over, whose client has sent `more` right behind it.
+    async fn asked(more: &str) -> (tokio::io::DuplexStream, Guarded<tokio::io::DuplexStream>) {
+        let (mut client, io) = tokio::io::duplex(64 * 1024);
+        let request = format!("{GET}Content-Length: 2\r\n\r\nab");
+        client.write_all(format!("{request}{more}").as_bytes()).await.unwrap();
+        let mut server = guarded(io);
+        let mut seen = vec![0; request.len()];
+        server.read_exact(&mut seen).await.unwrap();
+        assert_eq!(seen, request.as_bytes());
+        (client, server)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_behind_a_request_neither_ends_nor_overtakes_its_answer() {
+        for more in ["\r\n", "GET", "GET bad\r\n\r\n"] {
+            let (mut client, mut server) = asked(more).await;
+            let minute = Duration::from_secs(60);
+            assert!(tokio::time::timeout(minute, server.read_u8()).await.is_err(), "{more:?}");
+            server.write_all(OK).await.unwrap();
+            server.flush().await.unwrap();
+            let began = Instant::now();
+            let ended = tokio::time::timeout(minute, server.read_u8()).await.map(|read| read.unwrap_err().kind());
+            drop(server);
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            let own = answer.strip_prefix(OK).expect("the answer comes first");
+            match more {
+                "\r\n" => assert!(ended.is_err(), "nothing has begun"),
+                "GET" => assert_eq!((ended, began.elapsed().as_secs()), (Ok(io::ErrorKind::TimedOut), 10)),
+                _ => assert!(own.starts_with(b"HTTP/1.1 400 ")),
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_leaves_is_noticed_while_its_answer_is_due() {
+        let (client, mut server) = asked("GET /next").await;
+        drop(client);
+        assert_eq!(server.read_u8().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[tokio::test(start_paused = true)]

@@ -103,9 +103,7 @@ pub(in crate::hub) async fn initiate(hub: &HubShared, wish: &Initiation) -> Resu
 fn check(hub: &HubShared, wish: &Initiation) -> Result<(), ApiError> {
     let Initiation { identity, caller, .. } = wish;
     let config = hub.config();
-    if !config.policy(&caller.policy).is_some_and(|policy| policy.may_reach(&identity.device)) {
-        return Err(ApiError::Unauthorized(format!("policy {} does not reach this device.", caller.policy)));
-    }
+    caller.require_reach(&config, &identity.device)?;
     if hub.registry.find(&Identity::device(identity.device.clone())).is_none() {
         return Err(ApiError::DeviceNotFound);
     }

@@ -93,16 +93,17 @@ impl HubMetrics {
 }
 
 /// One more in a gauge, for as long as it lives.
-pub(in crate::hub) struct Counted<'a>(&'a IntGauge);
+#[derive(Debug)]
+pub(in crate::hub) struct Counted(IntGauge);
 
-impl<'a> Counted<'a> {
-    pub(in crate::hub) fn new(gauge: &'a IntGauge) -> Self {
+impl Counted {
+    pub(in crate::hub) fn new(gauge: &IntGauge) -> Self {
         gauge.inc();
-        Self(gauge)
+        Self(gauge.clone())
     }
 }
 
-impl Drop for Counted<'_> {
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
     }

@@ -8,6 +8,7 @@
 //! [`control`] (MQTT). The bytes take this one: `gateway` (ticket, upgrade), `bridge` (pair, relay).
 
 mod answer;
+mod authorities;
 mod bridge;
 pub mod control;
 pub mod courier;

@@ -20,7 +20,7 @@ use super::{
     shared::HubShared,
 };
 use crate::transport::{
-    net::{BindError, Endpoint, Listener, Peer, Socket, tune_carrier},
+    net::{BindError, Endpoint, Listener, Peer, Socket, acknowledge_now, tune_carrier},
     tls::{Acceptor, ServerStream},
 };
 
@@ -101,6 +101,7 @@ async fn connection(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls
             return;
         }
     };
+    acknowledge_now(stream.get_ref().0.get_ref());
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().iter();
     let certificates = certificates.map(|certificate| certificate.clone().into_owned()).collect();
     let peer = PeerInfo { addr, certificates };

@@ -96,6 +96,10 @@ impl fmt::Display for Thumbprint {
     }
 }
 
+/// A device CA's certificate, by its SHA-256.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Anchor(pub(in crate::hub) [u8; 32]);
+
 /// What admitted a control session, a request or a side of a bridge: kept for as long as what it admitted lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Admission {
@@ -103,22 +107,25 @@ pub enum Admission {
     Key(Secret),
     /// A certificate known by its thumbprint.
     Thumbprint(Thumbprint),
-    /// A certificate signed by the device CA.
-    Authority,
+    /// A certificate that this one of the device CAs vouched for.
+    Authority(Anchor),
     /// A key of a policy.
     Policy(Name, Secret),
 }
 
 impl Authentication {
-    /// True if `admission` would still be accepted. A policy's is not the record's to judge: false.
+    /// True if the record still asks for such a proof as `admission` is. Whether a device CA is in force is not the
+    /// record's to judge; a policy's admission is not at all: false.
     pub fn accepts(&self, admission: &Admission) -> bool {
         match (self, admission) {
             (Self::Keys { primary, secondary }, Admission::Key(key)) => key == primary || key == secondary,
             (Self::SelfSigned { primary, secondary }, Admission::Thumbprint(given)) => {
                 primary.as_ref() == Some(given) || secondary.as_ref() == Some(given)
             }
-            (Self::Authority, Admission::Authority) => true,
-            (_, Admission::Key(_) | Admission::Thumbprint(_) | Admission::Authority | Admission::Policy(..)) => false,
+            (Self::Authority, Admission::Authority(_)) => true,
+            (_, Admission::Key(_) | Admission::Thumbprint(_) | Admission::Authority(_) | Admission::Policy(..)) => {
+                false
+            }
         }
     }
 }

@@ -108,9 +108,11 @@ impl Registry {
         self.inner.read().get(identity).cloned()
     }
 
-    /// The first `top` devices by ID, without modules.
-    pub fn devices(&self, top: usize) -> Vec<Arc<DeviceRecord>> {
-        self.inner.read().values().filter(|record| record.identity.module.is_none()).take(top).cloned().collect()
+    /// The first `top` devices by ID of those that are `wanted`, without modules.
+    pub fn devices(&self, top: usize, wanted: impl Fn(&DeviceId) -> bool) -> Vec<Arc<DeviceRecord>> {
+        let records = self.inner.read();
+        let devices = records.values().filter(|record| record.identity.module.is_none());
+        devices.filter(|record| wanted(&record.identity.device)).take(top).cloned().collect()
     }
 
     /// A device's modules by ID.
@@ -122,7 +124,17 @@ impl Registry {
 
     /// Creates or changes a record.
     pub async fn put(&self, spec: DeviceSpec, when: Precondition) -> Result<Arc<DeviceRecord>, RegistryError> {
-        self.write(move |inner, store| inner.put(store, spec, &when)).await
+        self.write(move |inner, store| inner.put(store, &spec.identity.clone(), &when, |_| Ok(spec))).await
+    }
+
+    /// Creates or changes a record as `change` says, which sees the one there is: no other write comes in between.
+    pub async fn update<E: From<RegistryError> + Send + 'static>(
+        &self,
+        identity: Identity,
+        when: Precondition,
+        change: impl FnOnce(Option<&DeviceRecord>) -> Result<DeviceSpec, E> + Send + 'static,
+    ) -> Result<Arc<DeviceRecord>, E> {
+        self.write(move |inner, store| inner.put(store, &identity, &when, change)).await
     }
 
     /// Removes a record, and with a device its modules.
@@ -137,33 +149,34 @@ impl Registry {
     }
 
     /// Runs one write off the async threads. A caller who goes away does not stop it half-way.
-    async fn write<T: Send + 'static>(
+    async fn write<T: Send + 'static, E: From<RegistryError> + Send + 'static>(
         &self,
-        change: impl FnOnce(&Inner, &mut Store) -> Result<T, RegistryError> + Send + 'static,
-    ) -> Result<T, RegistryError> {
+        change: impl FnOnce(&Inner, &mut Store) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E> {
         let inner = self.inner.clone();
         let mut store = inner.store.clone().lock_owned().await;
         let done = tokio::task::spawn_blocking(move || change(&inner, &mut store)).await;
-        done.unwrap_or(Err(RegistryError::Interrupted))
+        done.unwrap_or_else(|_| Err(RegistryError::Interrupted.into()))
     }
 }
 
 // === impl Inner ===
 
 impl Inner {
-    fn put(
+    fn put<E: From<RegistryError>>(
         &self,
         store: &mut Store,
-        spec: DeviceSpec,
+        identity: &Identity,
         when: &Precondition,
-    ) -> Result<Arc<DeviceRecord>, RegistryError> {
-        let old = self.read().get(&spec.identity).cloned();
-        check(&spec.identity, old.as_deref(), when)?;
+        change: impl FnOnce(Option<&DeviceRecord>) -> Result<DeviceSpec, E>,
+    ) -> Result<Arc<DeviceRecord>, E> {
+        let old = self.read().get(identity).cloned();
+        check(identity, old.as_deref(), when)?;
         if old.is_none() {
-            self.check_room(&spec.identity)?;
+            self.check_room(identity)?;
         }
-        let record = next_record(spec, old.as_deref(), store.next_stamp(SystemTime::now()));
-        store.save(&record)?;
+        let record = next_record(change(old.as_deref())?, old.as_deref(), store.next_stamp(SystemTime::now()));
+        store.save(&record).map_err(RegistryError::from)?;
         let record = Arc::new(record);
         self.commit(|records| records.insert(record.identity.clone(), record.clone()));
         Ok(record)
@@ -296,7 +309,7 @@ mod tests {
         for record in &written {
             assert_eq!(registry.find(&record.identity).as_ref(), Some(record));
         }
-        assert_eq!(registry.devices(10).len(), 3);
+        assert_eq!(registry.devices(10, |_| true).len(), 3);
         assert_eq!(registry.modules(&"d1".parse().unwrap()).len(), 1);
         std::fs::remove_dir_all(folder).unwrap();
     }
@@ -356,6 +369,22 @@ mod tests {
         let attempts = (0..20).map(|n| registry.put(spec("d", keys(n)), Precondition::Absent));
         let results = futures_util::future::join_all(attempts).await;
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_change_sees_every_write_before_it() {
+        let registry = Registry::default();
+        registry.put(spec("d", keys(0)), Precondition::Any).await.unwrap();
+        let status = (0..20).map(|n| {
+            registry.update::<RegistryError>(id("d"), Precondition::Present, move |old| {
+                let authentication = old.unwrap().authentication.clone();
+                Ok(DeviceSpec { status_reason: Some(n.to_string()), ..spec("d", authentication) })
+            })
+        });
+        let rotated = registry.put(spec("d", keys(9)), Precondition::Present);
+        let (done, rotated) = tokio::join!(futures_util::future::join_all(status), rotated);
+        assert!(done.iter().all(Result::is_ok) && rotated.is_ok());
+        assert_eq!(registry.find(&id("d")).unwrap().authentication, keys(9));
     }
 
     #[test]

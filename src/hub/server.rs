@@ -30,7 +30,7 @@ use super::{
 use crate::{
     proto::streams::ApiError,
     transport::{
-        net::{BindError, CarrierSocket, Endpoint as Address, Listener, Peer, Socket},
+        net::{BindError, CarrierSocket, Endpoint as Address, Listener, Peer, Socket, acknowledge_now},
         tls::Acceptor,
     },
 };
@@ -44,6 +44,8 @@ pub(in crate::hub) struct Connection {
     pub(in crate::hub) hub: Arc<HubShared>,
     pub(in crate::hub) peer: PeerInfo,
     pub(in crate::hub) newcomer: Mutex<Option<Newcomer>>,
+    /// Whatever the connection has become: it is open for as long as this lives.
+    pub(in crate::hub) _open: Counted,
 }
 
 impl Connection {
@@ -92,17 +94,21 @@ fn accepted(socket: TcpStream, addr: SocketAddr, tls: &Acceptor, hub: &Arc<HubSh
     match hub.newcomers.admit(addr.ip(), &hub.config().limits) {
         Ok(newcomer) => {
             let (tls, shared) = (tls.clone(), hub.clone());
-            hub.spawn(async move {
-                let _counted = Counted::new(&shared.metrics.connections_open);
-                serve(socket, addr, newcomer, &tls, &shared).await;
-            });
+            let open = Counted::new(&hub.metrics.connections_open);
+            hub.spawn(async move { serve(socket, addr, (newcomer, open), &tls, &shared).await });
         }
         Err(refused) => hub.metrics.limited.with_label_values(&[refused.label()]).inc(),
     }
 }
 
 /// One connection until it ends or has switched protocols.
-async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Acceptor, hub: &Arc<HubShared>) {
+async fn serve(
+    socket: TcpStream,
+    addr: SocketAddr,
+    (newcomer, open): (Newcomer, Counted),
+    tls: &Acceptor,
+    hub: &Arc<HubShared>,
+) {
     let limits = hub.config().limits.clone();
     let stream = match timeout(limits.tls_handshake_timeout, tls.accept(CarrierSocket::from(socket))).await {
         Ok(Ok(stream)) => stream,
@@ -113,10 +119,11 @@ async fn serve(socket: TcpStream, addr: SocketAddr, newcomer: Newcomer, tls: &Ac
             return;
         }
     };
+    acknowledge_now(stream.get_ref().0.get_ref().get_ref());
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().iter();
     let certificates = certificates.map(|certificate| certificate.clone().into_owned()).collect();
     let peer = PeerInfo { addr, certificates };
-    let connection = Arc::new(Connection { hub: hub.clone(), peer, newcomer: Mutex::new(Some(newcomer)) });
+    let connection = Arc::new(Connection { hub: hub.clone(), peer, newcomer: Mutex::new(Some(newcomer)), _open: open });
     let io = TokioIo::new(Guarded::new(stream, limits.request_head_timeout, limits.write_stall_timeout));
     let service = service_fn(|request| answer(connection.clone(), request));
     let mut http = http1::Builder::new();
@@ -226,9 +233,9 @@ async fn dispatch(
         Endpoint::DeviceStreams => {
             Ok(answer::json(&serde_json::json!({ "streamingEndpoints": [hub.endpoint().to_string()] })))
         }
-        Endpoint::Devices => devices_api::list(hub, parts.uri.query().unwrap_or_default()),
-        Endpoint::Modules => devices_api::modules(hub, &gaps),
-        Endpoint::Device | Endpoint::Module => devices_api::serve(hub, &gaps, &parts, body).await,
+        Endpoint::Devices => devices_api::list(hub, caller, parts.uri.query().unwrap_or_default()),
+        Endpoint::Modules => devices_api::modules(hub, caller, &gaps),
+        Endpoint::Device | Endpoint::Module => devices_api::serve(hub, caller, &gaps, &parts, body).await,
         Endpoint::Bridge | Endpoint::Mqtt => Err(ApiError::MethodNotAllowed),
     }
 }

@@ -4,7 +4,12 @@
 //! judges whether an admission still holds. Does not know any protocol.
 //! Invariant: an admission that no longer holds is noticed by whoever awaits [`HubShared::revoked`].
 
-use std::{net::SocketAddr, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use futures_util::FutureExt as _;
 use tokio::{
@@ -14,6 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    authorities::Authorities,
     bridge::{About, Bridges},
     control::Sessions,
     courier::Courier,
@@ -52,12 +58,14 @@ pub struct HubShared {
     log: Option<ResourceLog>,
     tasks: TaskTracker,
     config: watch::Sender<Arc<HubConfig>>,
+    authorities: RwLock<Arc<Authorities>>,
 }
 
 impl HubShared {
     /// Ties the parts together.
     pub fn new(config: HubConfig, registry: Registry, metrics: HubMetrics, shutdown: CancellationToken) -> Self {
         let bridges = Bridges::new(metrics.clone(), config.limits.write_stall_timeout);
+        let authorities = RwLock::new(Arc::new(Authorities::of(&config)));
         let config = watch::Sender::new(Arc::new(config));
         let (courier, newcomers) = (Courier::default(), Newcomers::default());
         Self {
@@ -71,6 +79,7 @@ impl HubShared {
             log: None,
             tasks: TaskTracker::new(),
             config,
+            authorities,
         }
     }
 
@@ -108,7 +117,16 @@ impl HubShared {
 
     /// Puts another configuration in force. Whatever it no longer admits ends.
     pub fn reconfigure(&self, config: HubConfig) {
+        let authorities = Arc::new(Authorities::of(&config));
+        *self.authorities.write().unwrap_or_else(PoisonError::into_inner) = authorities;
+        // After the authorities: whoever is woken by this looks at them, too.
         self.config.send_replace(Arc::new(config));
+    }
+
+    /// The device CAs in force.
+    pub(in crate::hub) fn authorities(&self) -> Arc<Authorities> {
+        // The only change is of the whole.
+        self.authorities.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Where clients reach this hub: `public_url`, else its name and the port it listens on.
@@ -153,6 +171,7 @@ impl HubShared {
         }
         match admission {
             Admission::Policy(name, key) => self.admits_policy(name, key, Rights::DEVICE_CONNECT, &identity.device),
+            Admission::Authority(anchor) if !self.authorities().include(*anchor) => false,
             own => record.authentication.accepts(own),
         }
     }

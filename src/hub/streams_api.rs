@@ -1,9 +1,10 @@
 //! `POST /twins/{device}[/modules/{module}]/streams/{name}`: the service API (wire.md, section a).
 //!
 //! Owns the reading of the request and the writing of the answer, the metric and the resource log record. Does not
-//! know bridges or control sessions. Invariant: every initiation by a known policy leaves one record.
+//! know bridges or control sessions. Invariant: every initiation by a policy that may, of a stream that has a valid name,
+//! leaves one record.
 
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{StatusCode, header, request::Parts};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
@@ -25,6 +26,8 @@ use crate::{
 
 /// The longest api-version that is recorded: `2019-05-01-preview` has 18 characters.
 const MAX_API_VERSION: usize = 32;
+/// The code in the record of an initiation whose service left. Nobody is answered with it; 499 is what nginx logs then.
+const ABANDONED: u32 = 499_000;
 
 /// Serves a request. `gaps` are the path's: device, perhaps module, stream name.
 pub(in crate::hub) async fn serve(
@@ -33,31 +36,52 @@ pub(in crate::hub) async fn serve(
     gaps: &[String],
     parts: &Parts,
 ) -> Result<Answer, ApiError> {
-    let wish = read(caller, gaps, parts)?;
-    let (at, began) = (SystemTime::now(), Instant::now());
+    let wish = read(caller, gaps, parts)
+        .inspect_err(|error| hub.metrics.initiations.with_label_values(&[error.name()]).inc())?;
+    let mut pending = Pending::new(hub, &wish, api_version(parts));
     let outcome = initiate::initiate(hub, &wish).await;
-    let mut record = Initiated {
-        at,
-        identity: wish.identity,
-        stream: wish.stream,
-        policy: wish.caller.policy,
-        api_version: api_version(parts),
-        took: began.elapsed(),
-        result: "accepted",
-        code: None,
-        description: None,
-    };
-    match &outcome {
-        Ok(Outcome::Accepted { .. }) => {}
-        Ok(Outcome::Rejected { reason }) => (record.result, record.description) = ("rejected", reason.clone()),
-        Err(error) => {
-            (record.result, record.code) = (error.name(), Some(error.code()));
-            record.description = Some(error.to_string());
-        }
-    }
-    hub.metrics.initiations.with_label_values(&[record.result]).inc();
-    hub.record(record);
+    pending.ended(&outcome);
     outcome.map(|outcome| write(outcome, is_culvert(parts)))
+}
+
+/// An initiation that is recorded when it is over, even if that is because its service left: the request is dropped
+/// then wherever it waits.
+struct Pending<'a> {
+    hub: &'a HubShared,
+    began: Instant,
+    record: Initiated,
+}
+
+impl<'a> Pending<'a> {
+    fn new(hub: &'a HubShared, wish: &Initiation, api_version: String) -> Self {
+        let record = Initiated {
+            at: SystemTime::now(),
+            identity: wish.identity.clone(),
+            stream: wish.stream.clone(),
+            policy: wish.caller.policy.clone(),
+            api_version,
+            took: Duration::ZERO,
+            result: "abandoned",
+            code: Some(ABANDONED),
+            description: Some("The service left before there was an answer.".into()),
+        };
+        Self { hub, began: Instant::now(), record }
+    }
+
+    fn ended(&mut self, outcome: &Result<Outcome, ApiError>) {
+        (self.record.result, self.record.code, self.record.description) = match outcome {
+            Ok(Outcome::Accepted { .. }) => ("accepted", None, None),
+            Ok(Outcome::Rejected { reason }) => ("rejected", None, reason.clone()),
+            Err(error) => (error.name(), Some(error.code()), Some(error.to_string())),
+        };
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.hub.metrics.initiations.with_label_values(&[self.record.result]).inc();
+        self.hub.record(Initiated { took: self.began.elapsed(), ..self.record.clone() });
+    }
 }
 
 fn read(caller: &Caller, gaps: &[String], parts: &Parts) -> Result<Initiation, ApiError> {
@@ -81,7 +105,7 @@ fn read(caller: &Caller, gaps: &[String], parts: &Parts) -> Result<Initiation, A
     })
 }
 
-fn timeout(parts: &Parts, name: &'static str) -> Result<std::time::Duration, ApiError> {
+fn timeout(parts: &Parts, name: &'static str) -> Result<Duration, ApiError> {
     let value = parts.headers.get(name).map(|value| value.to_str().unwrap_or("not text"));
     parse_timeout(value).ok_or_else(|| ApiError::ArgumentInvalid(format!("{name} is not a number of seconds.")))
 }

@@ -15,6 +15,8 @@ pub const RESPONSE_FILTER: &str = "$iothub/streams/res/#";
 /// Longest reason that an answer carries, in bytes before encoding (wire.md, j).
 pub const MAX_REASON: usize = 256;
 
+/// What a status that is no number counts as.
+const REJECTED: u16 = 400;
 const REQUEST_PREFIX: &str = "$iothub/streams/POST/";
 const ANSWER_PREFIX: &str = "$iothub/streams/res/";
 const LOST_PREFIX: &str = "$culvert/streams/lost/?sid=";
@@ -139,7 +141,8 @@ impl StreamAnswer {
         let reason = value_of(query, "$reason").and_then(|text| percent_decode_str(text).decode_utf8().ok());
         Some(Self {
             rid: value_of(query, "$rid")?.into(),
-            status: status.parse().ok()?,
+            // What is no number does not accept, and whoever said it expects no other answer to be awaited.
+            status: status.parse().unwrap_or(REJECTED),
             reason: reason.map(|text| shorten(&text, MAX_REASON).to_owned()),
         })
     }
@@ -250,6 +253,8 @@ mod tests {
         let parsed = StreamRequest::parse(&request().to_topic(true)).unwrap();
         assert_eq!((&parsed.url, parsed.policy, parsed.ticket), (&request().url, request().policy, request().ticket));
         assert_eq!(sid_of_url(&parsed.url), Some("00ff"));
+        let spaced = StreamRequest { stream: "my %20 stream".parse().unwrap(), ..request() };
+        assert_eq!(StreamRequest::parse(&spaced.to_topic(false)).unwrap().stream, spaced.stream);
     }
 
     #[test]
@@ -275,6 +280,11 @@ mod tests {
         for answer in [plain, reasoned] {
             assert_eq!(DeviceTopic::parse(&answer.to_topic()), DeviceTopic::Answer(answer.clone()));
         }
+        for status in ["abc", "", "-1", "99999999", "201.5"] {
+            let rejected = StreamAnswer { rid: "r1".into(), status: 400, reason: None };
+            let topic = format!("$iothub/streams/res/{status}/?$rid=r1");
+            assert_eq!(DeviceTopic::parse(&topic), DeviceTopic::Answer(rejected), "{topic}");
+        }
         let long = StreamAnswer { rid: "r".into(), status: 400, reason: Some("ü".repeat(400)) };
         let DeviceTopic::Answer(back) = DeviceTopic::parse(&long.to_topic()).clone() else { panic!() };
         assert_eq!(back.reason.unwrap().len(), MAX_REASON);
@@ -288,7 +298,7 @@ mod tests {
         assert_eq!(T::parse("devices/a%24/modules/m/messages/events/"), T::Telemetry("a$/m".parse().unwrap()));
         assert_eq!(T::parse("$iothub/twin/GET/?$rid=7"), T::TwinGet { rid: "7" });
         assert_eq!(T::parse("$iothub/twin/PATCH/properties/reported/?$rid=8"), T::TwinPatch { rid: "8" });
-        for other in ["devices/a/messages", "devices//messages/events/", "$iothub/streams/res/x/?$rid=1", ""] {
+        for other in ["devices/a/messages", "devices//messages/events/", "$iothub/streams/res/200/?$rid=", ""] {
             assert_eq!(T::parse(other), T::Other, "{other}");
         }
     }

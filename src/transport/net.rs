@@ -97,6 +97,15 @@ pub fn tune_carrier(socket: &TcpStream) {
     let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
 }
 
+/// Has what has come acknowledged now. A client that leaves Nagle's algorithm on (Python's bare `ssl`, the C SDK) holds
+/// its request back until the last flight of its handshake is acknowledged, and the server of TLS 1.3 has nothing to say
+/// then: the kernel would wait 40 ms for something to send along.
+pub fn acknowledge_now(socket: &TcpStream) {
+    // A kernel without the option costs these 40 ms.
+    #[cfg(target_os = "linux")]
+    let _ = SockRef::from(socket).set_tcp_quickack(true);
+}
+
 /// Takes back what would end a plain carrier whose far reader pauses: Linux counts probes of a closed window against
 /// the user timeout, and a reader may pause for ever. Pings judge such a carrier (`CarrierOptions::PLAIN`).
 pub fn tolerate_pauses(socket: &TcpStream) {

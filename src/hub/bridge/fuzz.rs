@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{
     close,
-    relay::{BufferPool, Counters, Leg, MAX_PAYLOAD_OUT, Relay, Relayed, Side},
+    relay::{BufferPool, Counters, Goodbye, Leg, MAX_PAYLOAD_OUT, Relay, Relayed, Side},
 };
 use crate::proto::websocket::{Decoder, End, PeerClose, SERVER_HEADROOM as HEADROOM, Violation, put_header};
 
@@ -73,7 +73,10 @@ pub fn fuzz_relay(data: &[u8]) {
         let mut relay = Relay::new(service, device, BufferPool::default(), counters);
         assert_eq!(relay.run().await, Side::Service, "the leg that said something has ended");
         far.shutdown().await.expect("a pipe");
-        relay.finish(Vec::new(), close(1000, ""), std::time::Duration::from_secs(1)).await;
+        let [gone, survivor] =
+            [Vec::new(), close(1000, "")].map(|frame| Goodbye { frame, patience: std::time::Duration::from_secs(1) });
+        relay.finish(gone, survivor).await;
+        drop(relay);
         let mut received = Vec::new();
         far.read_to_end(&mut received).await.expect("a pipe");
         received

@@ -18,12 +18,12 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{mpsc, watch},
-    time::{Instant, interval_at, sleep_until},
+    time::{Instant, interval_at, sleep, sleep_until},
 };
 use tokio_util::task::TaskTracker;
 
 pub use self::fuzz::{fuzz_frames, fuzz_relay};
-use self::relay::{BufferPool, Counters, Ended, Relay, Relayed};
+use self::relay::{BufferPool, Counters, Ended, Goodbye, Relay, Relayed};
 pub(in crate::hub) use self::relay::{Leg, Side};
 use super::{
     metrics::{Counted, HubMetrics},
@@ -43,6 +43,8 @@ use crate::{
 pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     /// True once the other end has ended or reset the connection, even if there is more of it to read.
     fn is_gone(&self) -> bool;
+    /// From now on the connection's end is a reset.
+    fn end_with_reset(&self);
 }
 
 /// A receiver that takes nothing of what a sender has left behind has at least this many times the write stall timeout,
@@ -51,6 +53,9 @@ pub(in crate::hub) trait LegIo: AsyncRead + AsyncWrite + Send + Unpin + 'static 
 const ABANDONED: u32 = 30;
 /// And at most this, whatever the timeout.
 const MOST_ABANDONED: Duration = Duration::from_secs(24 * 3600);
+/// How long a leg whose admission was withdrawn may take for its last frame: with its answer it still ends within the
+/// 5 s that a revocation may take (threats.md, row 21).
+const REVOKED_GOODBYE: Duration = Duration::from_secs(4);
 /// What the survivor of a bridge is told, as the Azure gateway does (wire.md, section d).
 const DISCONNECTED: (u16, &str) = (1011, "WS disconnected");
 /// What both legs are told when the hub stops: come back later (wire.md, section j).
@@ -324,14 +329,16 @@ struct Life {
     began: Instant,
 }
 
-/// How a bridge ended: the metric's label, and the last frame for each leg.
+/// How a bridge ended: the metric's label, and what each leg still gets.
 struct Verdict {
     reason: &'static str,
-    to_service: Vec<u8>,
-    to_device: Vec<u8>,
+    stop: Option<Stop>,
+    to_service: Goodbye,
+    to_device: Goodbye,
 }
 
 type BoxedLeg = Leg<Box<dyn LegIo>>;
+type BoxedRelay = Relay<Box<dyn LegIo>, Box<dyn LegIo>>;
 
 impl Life {
     async fn run(self, legs: mpsc::Receiver<ToBridge>, stop: watch::Receiver<Option<Stop>>, expires: Instant) {
@@ -361,15 +368,34 @@ impl Life {
         let verdict = loop {
             tokio::select! {
                 biased;
-                stopped = stopped(&mut stop) => break Verdict::of_stop(stopped),
-                side = relay.run() => break Verdict::of_end(side, &relay),
+                stopped = stopped(&mut stop) => break Verdict::of_stop(stopped, inner.stall),
+                side = relay.run() => break Verdict::of_end(side, &relay, [inner.stall, pause]),
+                // Its receiver has had this pause.
                 _ = looks.tick() => if let Some(side) = relay.abandoned() {
-                    break Verdict::of_end(side, &relay);
+                    break Verdict::of_end(side, &relay, [inner.stall; 2]);
                 },
             }
         };
         self.log(verdict.reason, relay.relayed());
-        relay.finish(verdict.to_service, verdict.to_device, inner.stall).await;
+        self.finish(relay, verdict, stop).await;
+    }
+
+    /// Gives each leg its rest. One that does not take it, or not before the hub must end it, ends with a reset: it must
+    /// not take a part for the whole.
+    async fn finish(&self, mut relay: BoxedRelay, verdict: Verdict, mut stop: watch::Receiver<Option<Stop>>) {
+        let revoked = verdict.stop == Some(Stop::Revoked);
+        if revoked {
+            relay.forget_rest();
+        }
+        tokio::select! {
+            () = relay.finish(verdict.to_service, verdict.to_device) => {}
+            () = sleep(REVOKED_GOODBYE), if revoked => {}
+            () = stopped_again(&mut stop), if !revoked => {}
+        }
+        for side in relay.cut_off() {
+            tracing::info!(sid = %self.sid, device = %self.about.identity, stream = %self.about.stream, ?side,
+                "a leg did not take the end of its device stream: reset");
+        }
     }
 
     /// Not both legs came.
@@ -383,7 +409,7 @@ impl Life {
             self.log(label, Relayed::default());
         }
         for leg in waiting {
-            leg.dismiss(close(code, text), self.bridges.inner.stall).await;
+            leg.dismiss(Goodbye { frame: close(code, text), patience: self.bridges.inner.stall }).await;
         }
     }
 
@@ -451,6 +477,17 @@ async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     }
 }
 
+/// A bridge that is saying goodbye must end at once.
+async fn stopped_again(stop: &mut watch::Receiver<Option<Stop>>) {
+    while stop.changed().await.is_ok() {
+        if matches!(*stop.borrow_and_update(), Some(Stop::Revoked | Stop::Shutdown)) {
+            return;
+        }
+    }
+    // The entry is in the table until this bridge's task ends.
+    std::future::pending().await
+}
+
 impl Stop {
     fn label(self) -> &'static str {
         match self {
@@ -470,13 +507,14 @@ impl Stop {
 }
 
 impl Verdict {
-    fn of_stop(stop: Stop) -> Self {
+    fn of_stop(stop: Stop, patience: Duration) -> Self {
         let (code, text) = stop.close();
-        let close = close(code, text);
-        Self { reason: stop.label(), to_service: close.clone(), to_device: close }
+        let [to_service, to_device] = [(); 2].map(|()| Goodbye { frame: close(code, text), patience });
+        Self { reason: stop.label(), stop: Some(stop), to_service, to_device }
     }
 
-    fn of_end(side: Side, relay: &Relay<Box<dyn LegIo>, Box<dyn LegIo>>) -> Self {
+    /// `patience` is for the leg that ended, and for the other, which must get what the first one left behind.
+    fn of_end(side: Side, relay: &BoxedRelay, patience: [Duration; 2]) -> Self {
         let ended = match side {
             Side::Service => relay.service.ended(),
             Side::Device => relay.device.ended(),
@@ -486,11 +524,13 @@ impl Verdict {
         }
         let (clean, to_ended) = last_frame(ended);
         let survivor = if clean { close(1000, "") } else { close(DISCONNECTED.0, DISCONNECTED.1) };
-        let (reason, to_service, to_device) = match side {
-            Side::Service => (label(side, ended), to_ended, survivor),
-            Side::Device => (label(side, ended), survivor, to_ended),
+        let to_ended = Goodbye { frame: to_ended, patience: patience[0] };
+        let survivor = Goodbye { frame: survivor, patience: patience[1] };
+        let (to_service, to_device) = match side {
+            Side::Service => (to_ended, survivor),
+            Side::Device => (survivor, to_ended),
         };
-        Self { reason, to_service, to_device }
+        Self { reason: label(side, ended), stop: None, to_service, to_device }
     }
 }
 
@@ -534,4 +574,136 @@ impl Drop for Forget {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        pin::Pin,
+        sync::atomic::{AtomicBool, Ordering::Relaxed},
+        task::{Context, Poll},
+    };
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadBuf};
+
+    use super::*;
+
+    /// The hub's end of a pipe, and whether it was reset.
+    struct End(DuplexStream, Arc<AtomicBool>);
+
+    impl LegIo for End {
+        fn is_gone(&self) -> bool {
+            false
+        }
+
+        fn end_with_reset(&self) {
+            self.1.store(true, Relaxed);
+        }
+    }
+
+    impl AsyncRead for End {
+        fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.get_mut().0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for End {
+        fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.get_mut().0).poll_write(cx, buf)
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.get_mut().0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+        }
+    }
+
+    /// A bridge whose service has said 200 bytes and a Close, which the hub has read; the pipe to its device holds 64.
+    struct Left {
+        bridges: Bridges,
+        service: DuplexStream,
+        device: DuplexStream,
+        reset: Arc<AtomicBool>,
+    }
+
+    impl Left {
+        async fn new() -> Self {
+            let bridges = Bridges::new(HubMetrics::default(), Duration::from_secs(30));
+            let about = About {
+                identity: "pump".parse().unwrap(),
+                stream: "ssh".parse().unwrap(),
+                policy: "service".parse().unwrap(),
+                policy_key: Secret::new([1; 32]),
+            };
+            let random = [[1; 32], [2; 32], [3; 32]];
+            let expires = Instant::now() + Duration::from_secs(60);
+            let reservation = bridges.reserve(about, random, expires, &HubLimits::default()).unwrap();
+            let mut far = Vec::new();
+            let mut resets = Vec::new();
+            for (side, ticket, size) in
+                [(Side::Service, &reservation.service, 4096), (Side::Device, &reservation.device, 64)]
+            {
+                let (io, end) = tokio::io::duplex(size);
+                let (reset, token) = (Arc::new(AtomicBool::new(false)), ticket.token().expose());
+                let seat = bridges.redeem(token, &reservation.sid.0, side).unwrap();
+                seat.join(Leg::new(Box::new(End(io, reset.clone())), bytes::Bytes::new())).await;
+                far.push(end);
+                resets.push(reset);
+            }
+            reservation.keep();
+            let (device, mut service) = (far.pop().unwrap(), far.pop().unwrap());
+            // Masked with zeros: as it is.
+            service.write_all(&[&[0x82, 0x80 | 126, 0, 200, 0, 0, 0, 0], &[7; 200][..]].concat()).await.unwrap();
+            service.write_all(&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8]).await.unwrap();
+            Self { bridges, service, device, reset: resets.pop().unwrap() }
+        }
+
+        /// What the device gets in the end.
+        async fn read(&mut self) -> Vec<u8> {
+            let mut got = Vec::new();
+            self.device.read_to_end(&mut got).await.unwrap();
+            got
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_sender_leaves_behind_waits_for_a_receiver_that_pauses() {
+        let mut left = Left::new().await;
+        tokio::time::sleep(Duration::from_secs(14 * 60)).await;
+        assert_eq!(left.bridges.count(), 1);
+        assert_eq!(left.read().await, [&[0x82, 126, 0, 200], &[7; 200][..], &[0x88, 2, 0x03, 0xe8]].concat());
+        assert!(!left.reset.load(Relaxed));
+        drop(left.service);
+        left.bridges.ended().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_that_reads_only_after_it_has_spoken_gets_its_rest_too() {
+        let mut left = Left::new().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let message = [&[0x82, 0x80 | 126, 0x40, 0, 0, 0, 0, 0], &[8; 0x4000][..]].concat();
+        tokio::time::timeout(Duration::from_secs(1), left.device.write_all(&message)).await.unwrap().unwrap();
+        assert!(left.read().await.ends_with(&[7, 0x88, 2, 0x03, 0xe8]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_that_pauses_for_too_long_is_reset() {
+        let mut left = Left::new().await;
+        tokio::time::sleep(Duration::from_secs(16 * 60)).await;
+        assert!(left.reset.load(Relaxed) && left.bridges.count() == 0);
+        assert_eq!(left.read().await.len(), 64);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_revocation_does_not_wait_for_a_receiver_that_pauses() {
+        let left = Left::new().await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        left.bridges.end_unless(|_, _| false);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(left.reset.load(Relaxed) && left.bridges.count() == 0);
+    }
 }

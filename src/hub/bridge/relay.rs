@@ -5,6 +5,7 @@
 //! a receiver may pause for as long as its sender is there.
 
 use std::{
+    any::Any,
     convert::Infallible,
     io,
     ops::Range,
@@ -16,7 +17,7 @@ use std::{
 
 use prometheus::IntCounter;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::timeout,
 };
 
@@ -64,9 +65,13 @@ pub(in crate::hub) struct Leg<S> {
     /// A data frame has been written in part: nothing may come between.
     mid_frame: bool,
     unflushed: bool,
+    /// The end of its bridge is on its way to it.
+    owed: bool,
     ended: Option<Ended>,
     /// What it said while it waited for the other leg.
     said: Pipe,
+    /// What lives as long as the leg.
+    _held: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// How a leg ended.
@@ -90,6 +95,15 @@ impl std::fmt::Display for Ended {
             Self::Violated(violation) => write!(f, "violated the protocol: {violation}"),
         }
     }
+}
+
+/// What a leg still gets when its bridge is over.
+#[derive(Debug)]
+pub(super) struct Goodbye {
+    /// Its last frame; none for a leg that is gone.
+    pub(super) frame: Vec<u8>,
+    /// How long it may need to take all that is under way to it and the frame: a buffer or two.
+    pub(super) patience: Duration,
 }
 
 /// One direction's bytes under way.
@@ -160,7 +174,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     pub(in crate::hub) fn new(io: S, early: bytes::Bytes) -> Self {
         let decoder = Decoder::new(End::Client);
         let (control, said) = (Vec::new(), Pipe::default());
-        Self { io, early, decoder, control, mid_frame: false, unflushed: false, ended: None, said }
+        Self {
+            io,
+            early,
+            decoder,
+            control,
+            mid_frame: false,
+            unflushed: false,
+            owed: false,
+            ended: None,
+            said,
+            _held: None,
+        }
+    }
+
+    /// Keeps what counts its connection for as long as it lives.
+    #[must_use]
+    pub(in crate::hub) fn with(mut self, held: Arc<dyn Any + Send + Sync>) -> Self {
+        self._held = Some(held);
+        self
     }
 
     /// Answers pings as long as the other leg is not there, and keeps one buffer of what this one says. No end.
@@ -214,12 +246,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
         if let Some(close) = self.decoder.close() {
             self.ended = Some(Ended::Closed(close.clone()));
         }
+        self.answer_pings();
+        Poll::Ready(())
+    }
+
+    fn answer_pings(&mut self) {
         while let Some(ping) = self.decoder.take_ping() {
             if self.control.len() < MAX_CONTROL_OUT {
                 self.control.extend(pong(&ping, None));
             }
         }
-        Poll::Ready(())
     }
 
     /// Writes control frames that wait, then `pipe`.
@@ -259,59 +295,59 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Leg<S> {
     }
 
     /// Says goodbye to a leg that has never been joined.
-    pub(super) async fn dismiss(self, goodbye: Vec<u8>, stall: Duration) {
-        self.say_goodbye(Pipe::default(), goodbye, stall).await;
+    pub(super) async fn dismiss(mut self, goodbye: Goodbye) {
+        self.say_goodbye(&mut Pipe::default(), goodbye).await;
     }
 
-    /// Delivers what is under way to this leg, says goodbye, and waits a little for the answer. `stall` is how
-    /// long the leg may take no byte: the bridge is over, so a pause is no longer anyone's business. A leg without a
-    /// goodbye is gone.
-    async fn say_goodbye(mut self, under_way: Pipe, goodbye: Vec<u8>, stall: Duration) {
-        if goodbye.is_empty() {
+    /// Delivers what is under way to this leg, says goodbye, and waits a little for the answer.
+    async fn say_goodbye(&mut self, under_way: &mut Pipe, goodbye: Goodbye) {
+        let Goodbye { frame, patience } = goodbye;
+        if frame.is_empty() {
             return;
         }
-        let waiting = under_way.waiting().unwrap_or_default();
-        let control = std::mem::take(&mut self.control);
-        let all = if self.mid_frame { [waiting, &control, &goodbye] } else { [&control, waiting, &goodbye] };
-        for bytes in all {
-            if !write_unless_stalled(&mut self.io, bytes, stall).await {
-                return;
-            }
-        }
-        if !matches!(timeout(stall, self.io.flush()).await, Ok(Ok(()))) {
+        // A leg that has ended itself may have stopped reading, too.
+        self.owed = self.ended.is_none();
+        if !matches!(timeout(patience, self.deliver_last(under_way, frame)).await, Ok(Ok(()))) {
             return;
         }
+        self.owed = false;
         if !matches!(self.ended, Some(Ended::Closed(_))) {
-            let _ = timeout(CLOSE_ANSWER, self.until_closed()).await;
+            let _ = timeout(CLOSE_ANSWER, std::future::poll_fn(|cx| self.poll_forget(cx))).await;
         }
         // The leg is told that TLS ends, too, if it still listens.
         let _ = timeout(CLOSE_ANSWER, self.io.shutdown()).await;
     }
 
+    /// What the leg says meanwhile has nowhere to go, but it may not read before it has said it.
+    async fn deliver_last(&mut self, under_way: &mut Pipe, frame: Vec<u8>) -> io::Result<()> {
+        let rest = |cx: &mut Context<'_>| {
+            let _ = self.poll_forget(cx);
+            self.answer_pings();
+            self.poll_deliver(cx, under_way)
+        };
+        std::future::poll_fn(rest).await?;
+        self.control.extend(frame);
+        std::future::poll_fn(|cx| self.poll_deliver(cx, &mut Pipe::default())).await
+    }
+
+    /// Forgets what is under way to this leg, but for the rest of a frame: what comes next could not be read without it.
+    fn forget(&self, under_way: &mut Pipe) {
+        if !self.mid_frame {
+            under_way.out = 0..0;
+        }
+    }
+
     /// Reads and forgets until the Close, the end or an error.
-    async fn until_closed(&mut self) {
-        let mut buffer = vec![0; 4096];
+    fn poll_forget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut buffer = [0; 4096];
         while self.decoder.close().is_none() {
-            let early = std::mem::take(&mut self.early);
-            let taken = early.len().min(buffer.len());
-            buffer[..taken].copy_from_slice(&early[..taken]);
-            let read = if taken > 0 { Ok(taken) } else { self.io.read(&mut buffer).await };
-            let Ok(1..) = read else { return };
-            if self.decoder.strip(&mut buffer, 0..read.unwrap_or_default()).1.is_err() {
-                return;
+            let Ok(read @ 1..) = ready!(self.poll_read(cx, &mut buffer)) else { return Poll::Ready(()) };
+            if self.decoder.strip(&mut buffer, 0..read).1.is_err() {
+                return Poll::Ready(());
             }
         }
+        Poll::Ready(())
     }
-}
-
-async fn write_unless_stalled(io: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8], stall: Duration) -> bool {
-    while !bytes.is_empty() {
-        match timeout(stall, io.write(bytes)).await {
-            Ok(Ok(written @ 1..)) => bytes = &bytes[written..],
-            _ => return false,
-        }
-    }
-    true
 }
 
 // === impl Pipe ===
@@ -385,14 +421,27 @@ where
     }
 
     /// Ends both legs, each with its own last frame, after what is under way to it.
-    pub(super) async fn finish(self, to_service: Vec<u8>, to_device: Vec<u8>, stall: Duration) {
-        let service = self.service.say_goodbye(self.to_service, to_service, stall);
-        let device = self.device.say_goodbye(self.to_device, to_device, stall);
+    pub(super) async fn finish(&mut self, to_service: Goodbye, to_device: Goodbye) {
+        let service = self.service.say_goodbye(&mut self.to_service, to_service);
+        let device = self.device.say_goodbye(&mut self.to_device, to_device);
         tokio::join!(service, device);
+    }
+
+    /// Relays no more, not even what was read already.
+    pub(super) fn forget_rest(&mut self) {
+        self.service.forget(&mut self.to_service);
+        self.device.forget(&mut self.to_device);
     }
 }
 
 impl Relay<Box<dyn LegIo>, Box<dyn LegIo>> {
+    /// Ends with a reset the legs that have not got the end of their bridge; which they are.
+    pub(super) fn cut_off(self) -> impl Iterator<Item = Side> {
+        let service = self.service.cut_off().then_some(Side::Service);
+        let device = self.device.cut_off().then_some(Side::Device);
+        service.into_iter().chain(device)
+    }
+
     /// The side that has left while the other one takes nothing of what it sent, if that was so at the last look, too.
     /// While a receiver pauses nothing is read, so its sender's end is not seen otherwise.
     pub(super) fn abandoned(&mut self) -> Option<Side> {
@@ -410,6 +459,16 @@ impl Relay<Box<dyn LegIo>, Box<dyn LegIo>> {
             return Some(Side::Device);
         }
         None
+    }
+}
+
+impl Leg<Box<dyn LegIo>> {
+    /// Ends with a reset a leg that has not got its bridge's end. True for such a one.
+    fn cut_off(&self) -> bool {
+        if self.owed {
+            self.io.end_with_reset();
+        }
+        self.owed
     }
 }
 
@@ -601,10 +660,10 @@ mod tests {
         let mut relay = Relay::new(service, device, BufferPool::default(), counters());
         assert_eq!(relay.run().await, Side::Service);
         assert!(matches!(relay.service.ended(), Some(Ended::Violated(_))));
-        let goodbye = crate::proto::websocket::close(Some(1011), "", None);
-        let stall = Duration::from_secs(5);
+        let patience = Duration::from_secs(5);
+        let goodbye = Goodbye { frame: crate::proto::websocket::close(Some(1011), "", None), patience };
         let read = async { other.next().await.unwrap().unwrap() };
-        let finish = async { timeout(stall, relay.finish(Vec::new(), goodbye, stall)).await };
+        let finish = async { timeout(patience, relay.finish(Goodbye { frame: Vec::new(), patience }, goodbye)).await };
         let (first, _) = tokio::join!(read, finish);
         assert_eq!(first, Message::binary("before"));
     }

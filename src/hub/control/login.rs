@@ -43,7 +43,8 @@ pub(super) struct Login {
     pub(super) identity: Identity,
     /// What let it in: checked again whenever the registry or the policies change.
     pub(super) admission: Admission,
-    /// When its token ends; a certificate has no such time here.
+    /// When its token ends, or the certificate that a device CA vouched for. One known by its thumbprint has no such
+    /// time here: the registry says how long it is good.
     pub(super) expires: Option<Instant>,
     /// It is a culvert daemon, which understands our extensions.
     pub(super) is_culvert: bool,
@@ -139,7 +140,7 @@ pub(super) fn log_in(connect: &Connect, peer: &PeerInfo, hub: &HubShared) -> Res
     let proven = match &connect.password {
         Some(password) => by_token(password, &identity, hub, &config)?,
         None if peer.certificates.is_empty() => return Err(LoginError::NoCredential(identity)),
-        None => Proven { admission: by_certificate(&peer.certificates, &identity, hub, &config)?, expires: None },
+        None => by_certificate(&peer.certificates, &identity, hub)?,
     };
     if !hub.admits_device(&identity, &proven.admission) {
         return Err(LoginError::NotAdmitted(identity));
@@ -228,27 +229,23 @@ fn own_keys(authentication: &Authentication) -> Option<[Secret; 2]> {
     }
 }
 
-fn by_certificate(
-    chain: &[CertificateDer<'_>],
-    identity: &Identity,
-    hub: &HubShared,
-    config: &HubConfig,
-) -> Result<Admission, LoginError> {
+fn by_certificate(chain: &[CertificateDer<'_>], identity: &Identity, hub: &HubShared) -> Result<Proven, LoginError> {
     let refused = || LoginError::Certificate(identity.clone());
-    let record = hub.registry.find(identity).ok_or_else(|| LoginError::Unknown(identity.clone()))?;
     let leaf = chain.first().ok_or_else(refused)?;
+    // All of this in every case: the time must not tell who is registered, and how.
+    let shown = thumbprints(leaf);
+    let anchor = hub.authorities().vouching_for(chain);
+    let named = common_name(leaf).is_some_and(|name| name == identity.to_string());
+    let record = hub.registry.find(identity).ok_or_else(|| LoginError::Unknown(identity.clone()))?;
     match &record.authentication {
         Authentication::SelfSigned { primary, secondary } => {
-            let shown = thumbprints(leaf);
             let known = [primary, secondary].into_iter().flatten().find(|known| shown.contains(known));
-            known.cloned().map(Admission::Thumbprint).ok_or_else(refused)
+            let admission = known.cloned().map(Admission::Thumbprint).ok_or_else(refused)?;
+            Ok(Proven { admission, expires: None })
         }
         Authentication::Authority => {
-            let authority = config.client_ca.as_ref().ok_or_else(refused)?;
-            let vouched = ClientAuthorities::from_pem(&authority.contents, &authority.path)
-                .is_ok_and(|authorities| authorities.vouch_for(chain));
-            let named = common_name(leaf).is_some_and(|name| name == identity.to_string());
-            (vouched && named).then_some(Admission::Authority).ok_or_else(refused)
+            let admission = anchor.filter(|_| named).map(Admission::Authority).ok_or_else(refused)?;
+            Ok(Proven { admission, expires: certificate_end(leaf) })
         }
         Authentication::Keys { .. } => Err(refused()),
     }
@@ -257,6 +254,13 @@ fn by_certificate(
 /// A certificate's SHA-1 and SHA-256.
 fn thumbprints(leaf: &[u8]) -> [Thumbprint; 2] {
     [Thumbprint::from_digest(&sha1::Sha1::digest(leaf)), Thumbprint::from_digest(&sha2::Sha256::digest(leaf))]
+}
+
+/// When a certificate ends. A time beyond what the clock can name is no end.
+fn certificate_end(leaf: &[u8]) -> Option<Instant> {
+    let (_, certificate) = X509Certificate::from_der(leaf).ok()?;
+    let end = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or_default();
+    Instant::now().checked_add(Duration::from_secs(end.saturating_sub(unix_now())))
 }
 
 /// The subject's only common name.

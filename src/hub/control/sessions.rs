@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::filters::Filters;
-use crate::base::Identity;
+use crate::base::{DeviceId, Identity};
 
 /// The sessions that outlive their connections.
 #[derive(Debug, Default)]
@@ -27,9 +27,14 @@ impl Sessions {
         self.lock().insert(identity.clone(), filters);
     }
 
-    /// Forgets an identity, whose credential is gone.
-    pub(super) fn forget(&self, identity: &Identity) {
+    /// Forgets an identity, whose credential is gone, or which is gone itself.
+    pub(in crate::hub) fn forget(&self, identity: &Identity) {
         self.lock().remove(identity);
+    }
+
+    /// Forgets a device and its modules.
+    pub(in crate::hub) fn forget_family(&self, device: &DeviceId) {
+        self.lock().retain(|identity, _| identity.device != *device);
     }
 
     /// A panic between two statements cannot leave the map half changed.

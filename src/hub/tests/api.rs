@@ -206,6 +206,7 @@ async fn a_service_that_leaves_takes_its_request_back() {
     while hub.handle.device_streams() == 1 {
         tokio::task::yield_now().await;
     }
+    assert_eq!(hub.metrics.initiations.with_label_values(&["abandoned"]).get(), 1);
     hub.stopped().await;
 }
 

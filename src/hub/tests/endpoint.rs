@@ -184,6 +184,38 @@ async fn a_ticket_admits_one_leg_once() {
 }
 
 #[tokio::test]
+async fn a_connection_is_open_until_it_ends_whatever_it_has_become() {
+    let hub = TestHub::start().await;
+    let open = async |wanted: i64| {
+        let reached = async {
+            while hub.metrics.connections_open.get() != wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let reached = tokio::time::timeout(Duration::from_secs(10), reached).await;
+        assert!(reached.is_ok(), "{} instead of {wanted}", hub.metrics.connections_open.get());
+    };
+    let mut device = hub.device("pump").await;
+    let (service_leg, device_leg) = hub.stream(&mut device, "ssh").await;
+    // The request that made the stream has ended; the control session and both legs have not.
+    open(3).await;
+    drop((service_leg, device_leg));
+    open(1).await;
+    drop(device);
+    open(0).await;
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_stream_name_with_a_space_reaches_the_device_as_it_is() {
+    let hub = TestHub::start().await;
+    let mut device = hub.device("pump").await;
+    let (_, asked) = hub.accepted(&mut device, "my%20stream").await;
+    assert!(asked.topic.starts_with("$iothub/streams/POST/my stream/?"), "{}", asked.topic);
+    hub.stopped().await;
+}
+
+#[tokio::test]
 async fn one_subprotocol_is_echoed_if_offered_and_never_an_extension() {
     let hub = TestHub::start().await;
     let mut device = hub.device("pump").await;

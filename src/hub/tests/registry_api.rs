@@ -1,6 +1,7 @@
 //! The registry's REST API.
 
-use super::support::{Reply, TestHub};
+use super::support::{Reply, TestHub, policy};
+use crate::auth::Rights;
 
 #[tokio::test]
 async fn identities_are_created_read_changed_and_removed() {
@@ -89,5 +90,98 @@ async fn nonsense_is_refused_with_a_reason() {
     }
     assert_eq!(put(&format!("/devices/{}", "x".repeat(129)), "{}").await.status, 400);
     assert_eq!(hub.request("GET /devices?top=0", &[hub.sas("registry", 2)], "").await.status, 400);
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_policy_for_some_devices_is_for_no_other_in_the_registry_either() {
+    let hub = TestHub::with(|config| {
+        let mut kiosks = policy("kiosks", Rights::REGISTRY_READ.with(Rights::REGISTRY_WRITE), 7);
+        kiosks.devices = vec![crate::config::DevicePattern::Prefix("kiosk-".into())];
+        config.policies.push(kiosks);
+    })
+    .await;
+    for identity in ["kiosk-1", "kiosk-1/flow", "pump/flow"] {
+        hub.register(identity).await;
+    }
+    let status = async |line: &str| hub.request(line, &[hub.sas("kiosks", 7), "If-Match: *".into()], "{}").await.status;
+    for path in ["/devices/pump", "/devices/pump/modules/flow", "/devices/none"] {
+        for method in ["GET", "PUT", "DELETE"] {
+            assert_eq!(status(&format!("{method} {path}")).await, 401, "{method} {path}");
+        }
+    }
+    assert_eq!(status("GET /devices/pump/modules").await, 401);
+    for line in ["GET /devices/kiosk-1", "GET /devices/kiosk-1/modules", "PUT /devices/kiosk-1/modules/flow"] {
+        assert_eq!(status(line).await, 200, "{line}");
+    }
+    assert_eq!(status("GET /devices/kiosk-2").await, 404);
+    for line in ["GET /devices", "GET /devices?top=1"] {
+        let list = hub.request(line, &[hub.sas("kiosks", 7)], "").await.json();
+        let ids: Vec<_> = list.as_array().unwrap().iter().map(|device| device["deviceId"].as_str().unwrap()).collect();
+        assert_eq!(ids, ["kiosk-1"], "{line}");
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn what_is_disabled_stays_so_until_someone_says_otherwise() {
+    let hub = TestHub::start().await;
+    hub.register("pump/flow").await;
+    for (identity, path) in [("pump", "/devices/pump"), ("pump/flow", "/devices/pump/modules/flow")] {
+        let off = hub.put(identity, r#","status":"disabled","statusReason":"stolen""#, Some("*")).await.json();
+        assert_eq!((&off["status"], &off["statusReason"]), (&"disabled".into(), &"stolen".into()));
+        let put = async |body: &str| {
+            let headers = [hub.sas("registry", 2), "If-Match: *".into()];
+            hub.request(&format!("PUT {path}"), &headers, body).await.json()
+        };
+        let read = hub.request(&format!("GET {path}"), &[hub.sas("registry", 2)], "").await;
+        for body in [read.body.as_str(), "{}"] {
+            let written = put(body).await;
+            assert_eq!(
+                (&written["status"], &written["statusReason"]),
+                (&off["status"], &off["statusReason"]),
+                "{body}"
+            );
+        }
+        let on = put(r#"{"status":"enabled"}"#).await;
+        assert_eq!((&on["status"], on["statusReason"].is_null()), (&"enabled".into(), true));
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn who_is_registered_anew_finds_no_session() {
+    let hub = TestHub::start().await;
+    hub.register("pump/flow").await;
+    for identity in ["pump", "pump/flow"] {
+        assert!(!hub.device(identity).await.known && hub.device(identity).await.known);
+    }
+    while hub.metrics.device_sessions.get() > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(hub.request("DELETE /devices/pump", &[hub.sas("registry", 2)], "").await.status, 204);
+    for identity in ["pump", "pump/flow"] {
+        hub.register(identity).await;
+        assert!(!hub.device(identity).await.known, "{identity}");
+    }
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_write_that_names_no_key_undoes_no_rotation() {
+    let hub = TestHub::start().await;
+    let put = async |body: String| {
+        let headers = [hub.sas("registry", 2), "If-Match: *".into()];
+        hub.request("PUT /devices/pump", &headers, &body).await
+    };
+    for round in 0..20 {
+        let key = crate::auth::key::encode_key(&super::support::key(round));
+        let rotate = put(format!(r#"{{"authentication":{{"symmetricKey":{{"primaryKey":"{key}"}}}}}}"#));
+        let enable = || put(r#"{"status":"enabled"}"#.into());
+        let (rotated, ..) = tokio::join!(rotate, enable(), enable(), enable(), enable());
+        assert_eq!(rotated.status, 200);
+        let shown = hub.request("GET /devices/pump", &[hub.sas("registry", 2)], "").await.json();
+        assert_eq!(shown["authentication"]["symmetricKey"]["primaryKey"], key, "round {round}");
+    }
     hub.stopped().await;
 }

@@ -179,7 +179,7 @@ impl TestHub {
 
     /// An SDK's device, subscribed for streams, over TLS on 8883.
     pub(super) async fn device(&self, identity: &str) -> TestDevice {
-        let mut device = TestDevice { io: self.connect_to(self.mqtt_port).await, input: BytesMut::new() };
+        let mut device = TestDevice { io: self.connect_to(self.mqtt_port).await, input: BytesMut::new(), known: false };
         device.log_in(identity).await;
         device
     }
@@ -303,6 +303,8 @@ pub(super) struct Asked {
 pub(super) struct TestDevice {
     io: Tls,
     input: BytesMut,
+    /// The hub knew its session.
+    pub(super) known: bool,
 }
 
 impl TestDevice {
@@ -318,7 +320,8 @@ impl TestDevice {
             password: Some(password),
         };
         self.send(&Packet::Connect(Box::new(connect))).await;
-        assert!(matches!(self.packet().await, Some(Packet::ConnAck { .. })));
+        let Some(Packet::ConnAck { session_present, .. }) = self.packet().await else { panic!("a CONNACK") };
+        self.known = session_present;
         let filters = vec![("$iothub/streams/POST/#".into(), Qos::AtMostOnce)];
         self.send(&Packet::Subscribe(Subscribe { id: PacketId::new(2).unwrap(), filters })).await;
         assert!(matches!(self.packet().await, Some(Packet::SubAck { .. })));

@@ -78,6 +78,12 @@ impl CarrierSocket {
         ready.is_some_and(|ready| ready.map_or(true, |ready| ready.is_read_closed()))
     }
 
+    /// From now on the connection's end is a reset: what the other end lacks must not look like a whole.
+    pub fn end_with_reset(&self) {
+        // A socket that refuses this is one that has ended already.
+        let _ = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
+    }
+
     /// The connection itself.
     pub fn get_ref(&self) -> &TcpStream {
         &self.socket

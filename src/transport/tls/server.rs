@@ -210,6 +210,13 @@ impl ClientAuthorities {
         Self::new(parse_certificates(text, path)?, path.to_owned())
     }
 
+    /// Each authority in PEM text by itself, beside its certificate.
+    pub fn each_from_pem(text: &[u8], path: &Path) -> Result<Vec<(CertificateDer<'static>, Self)>, TlsError> {
+        let certificates = parse_certificates(text, path)?.into_iter();
+        let each = certificates.map(|one| Self::new(vec![one.clone()], path.to_owned()).map(|this| (one, this)));
+        each.collect()
+    }
+
     fn new(certificates: Vec<CertificateDer<'static>>, path: PathBuf) -> Result<Self, TlsError> {
         let mut roots = RootCertStore::empty();
         add_all(&mut roots, certificates, path)?;

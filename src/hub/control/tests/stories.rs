@@ -288,6 +288,10 @@ async fn shutdown_and_a_full_hub_are_told() {
     let code = second.log_in(&connect("kiosk", NODE, Some(token("kiosk", &key(5))))).await;
     assert_eq!(code, ConnectCode::ServerUnavailable);
     assert!(matches!(second.end().await, End::Full));
+    // Its own session is a device's to replace.
+    let successor = ready(&hub, NODE).await;
+    assert!(matches!(device.end().await, End::TakenOver));
+    let device = successor;
     let stranger = Dialogue::tcp(&hub, Vec::new()).await;
     hub.shutdown.cancel();
     assert!(matches!(device.end().await, End::Shutdown));
@@ -314,8 +318,13 @@ impl Ca {
     }
 
     fn issue(&self, common_name: &str) -> CertificateDer<'static> {
+        self.issue_until(common_name, std::time::SystemTime::now() + Duration::from_secs(3600))
+    }
+
+    fn issue_until(&self, common_name: &str, end: std::time::SystemTime) -> CertificateDer<'static> {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.distinguished_name.push(DnType::CommonName, common_name);
+        params.not_after = end.into();
         params.signed_by(&KeyPair::generate().unwrap(), &self.issuer).unwrap().der().clone()
     }
 }
@@ -371,6 +380,48 @@ async fn the_device_ca_vouches_for_the_common_name_only() {
         let mut device = Dialogue::tcp(&hub, vec![certificate]).await;
         assert_eq!(device.log_in(&connect(identity, NODE, None)).await, code, "{identity}");
     }
+}
+
+#[tokio::test]
+async fn a_device_ca_that_is_withdrawn_ends_what_it_vouched_for() {
+    let (one, two) = (Ca::new(), Ca::new());
+    let with = |pem: String| {
+        let mut config = config();
+        config.client_ca = Some(FileContents { path: "devices.pem".into(), contents: pem.into_bytes() });
+        config
+    };
+    let hub = hub().await;
+    hub.reconfigure(with(one.pem.clone()));
+    for name in ["cam", "cam2"] {
+        put(&hub.registry, name, Authentication::Authority, true).await;
+    }
+    let mut first = Dialogue::tcp(&hub, vec![one.issue("cam")]).await;
+    assert_eq!(first.log_in(&connect("cam", NODE, None)).await, ConnectCode::Accepted);
+    // A second one ends nothing.
+    hub.reconfigure(with(format!("{}{}", two.pem, one.pem)));
+    let mut second = Dialogue::tcp(&hub, vec![two.issue("cam2")]).await;
+    assert_eq!(second.log_in(&connect("cam2", NODE, None)).await, ConnectCode::Accepted);
+    first.send(&Packet::PingReq).await;
+    assert_eq!(first.packet().await, Some(Packet::PingResp));
+    hub.reconfigure(with(two.pem.clone()));
+    assert!(matches!(first.end().await, End::Revoked));
+    second.send(&Packet::PingReq).await;
+    assert_eq!(second.packet().await, Some(Packet::PingResp));
+}
+
+#[tokio::test]
+async fn a_session_ends_with_the_certificate_that_a_device_ca_vouched_for() {
+    let ca = Ca::new();
+    let mut with_ca = config();
+    with_ca.client_ca = Some(FileContents { path: "devices.pem".into(), contents: ca.pem.clone().into_bytes() });
+    let hub = hub().await;
+    hub.reconfigure(with_ca);
+    put(&hub.registry, "cam", Authentication::Authority, true).await;
+    // Certificates count in whole seconds.
+    let end = std::time::SystemTime::now() + Duration::from_secs(3);
+    let mut device = Dialogue::tcp(&hub, vec![ca.issue_until("cam", end)]).await;
+    assert_eq!(device.log_in(&connect("cam", NODE, None)).await, ConnectCode::Accepted);
+    assert!(matches!(device.end().await, End::Expired));
 }
 
 #[tokio::test(start_paused = true)]
