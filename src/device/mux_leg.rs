@@ -4,7 +4,7 @@
 //! resumed only for the policy that created it; operators never evict each other.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinSet,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, info, warn};
@@ -38,6 +38,14 @@ use crate::{
 const CHANNELS_END: Duration = Duration::from_secs(5);
 /// What a service daemon hears whose place was taken by another one that says it is the same.
 const TWIN: &str = "another service daemon with the same instance ID took its place; was its state_dir copied?";
+/// A new link that hears nothing of its service for so long ends, and has taken nobody's place: the service gave its
+/// hello up. The 10 s of a hello and the 60 s that such a link lives without a carrier.
+const UNHEARD: Duration = Duration::from_secs(70);
+/// How often a new link is asked whether it has heard its service; it does so a round trip after the hello.
+const HEARD_LOOK: Duration = Duration::from_millis(50);
+/// New links of one service that have not heard it. It makes one attempt at a time, so all but one are left over from
+/// attempts that it gave up after 10 s each; when more come the oldest ends.
+const MAX_UNHEARD: usize = 8;
 /// How long a goodbye may take when the daemon stops.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -72,7 +80,7 @@ struct Table {
 }
 
 /// Whom a session belongs to: an installation, under a policy.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Who(InstanceId, Option<Name>);
 
 /// A session that runs.
@@ -181,28 +189,33 @@ impl MuxLegs {
         let why = tokio::select! {
             why = self.run(registration.key, session, policy, end) => why,
             () = self.watch(registration.key) => unreachable!("the watch has no end"),
+            () = self.settle(registration.key, link.as_ref()) => unreachable!("what is settled stays so"),
         };
         drop(registration);
         info!(seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
     }
 
-    /// Enters a session, and ends at once what a restart of the same service daemon left behind.
+    /// Enters a session. It takes nobody's place before it is [settled](Self::settle).
     fn register(&self, entry: Entry) -> Registration<'_> {
         let mut table = self.lock();
-        for old in table.sessions.values() {
-            if old.who == entry.who {
-                // It restarted, or gave the earlier one up without a way to say so: it keeps one per device.
-                debug!("a service daemon begins anew; its earlier device stream ends");
-                // Heard only by a daemon that lives, which then has a twin.
-                old.link.iter().for_each(|link| link.close(TWIN));
-                old.end.cancel();
-            }
-        }
+        table.bound_unheard(&entry.who);
         let key = table.next;
         table.next += 1;
         table.sessions.insert(key, entry);
         self.metrics.services.set(i64::try_from(table.sessions.len()).unwrap_or(i64::MAX));
         Registration { legs: self, key }
+    }
+
+    /// Waits until the service is known to have a session, and ends then what it left behind. A hello alone says nothing:
+    /// the hub may have kept it longer than the service waited, which has another session by now. No end.
+    async fn settle(&self, key: u64, link: Option<&LinkControl>) {
+        let is_heard = match link {
+            Some(link) => timeout(UNHEARD, heard(link)).await.is_ok(),
+            // The carrier itself is all there is.
+            None => true,
+        };
+        self.lock().settle(key, is_heard);
+        std::future::pending().await
     }
 
     /// Runs the mux and its channels until it ends, and says why it ended.
@@ -311,7 +324,70 @@ impl MuxLegs {
                 "rtt_seconds": entry.monitor.rtt().map(|rtt| rtt.as_secs_f64()),
             })
         };
-        table.sessions.values().map(row).collect()
+        // What a service gave up is nothing that people need to see.
+        table.sessions.values().filter(|entry| entry.is_heard()).map(row).collect()
+    }
+}
+
+impl Table {
+    fn settle(&self, key: u64, is_heard: bool) {
+        match self.sessions.get(&key) {
+            Some(_) if is_heard => self.succeed(key),
+            Some(unheard) => unheard.close("nothing was heard from the service"),
+            None => {}
+        }
+    }
+
+    /// A session is its service's one from now on: it restarted, or gave the earlier ones up without a way to say so.
+    fn succeed(&self, key: u64) {
+        let Some(new) = self.sessions.get(&key) else { return };
+        for (_, old) in self.sessions.iter().filter(|(earlier, old)| **earlier < key && old.who == new.who) {
+            debug!("a service daemon begins anew; its earlier device stream ends");
+            // Heard only by a daemon that lives, which then has a twin.
+            old.close(TWIN);
+        }
+    }
+
+    /// Makes room for another session of that service that it has not been heard on.
+    fn bound_unheard(&self, who: &Who) {
+        let unheard = |entry: &Entry| entry.who == *who && entry.is_live() && !entry.is_heard();
+        let keys = || self.sessions.iter().filter(|(_, entry)| unheard(entry)).map(|(key, _)| *key);
+        if keys().count() >= MAX_UNHEARD
+            && let Some(oldest) = keys().min().and_then(|key| self.sessions.get(&key))
+        {
+            oldest.close("nothing was heard from the service, which began anew");
+        }
+    }
+
+    /// How many others have a session or were admitted. A service counts once: it keeps one session, and what it left
+    /// behind soon ends.
+    fn others(&self, own: &Who) -> usize {
+        let live = self.sessions.values().filter(|entry| entry.is_live()).map(|entry| &entry.who);
+        live.chain(self.admitted.values()).filter(|who| *who != own).collect::<HashSet<_>>().len()
+    }
+}
+
+impl Entry {
+    /// False if it was told to end.
+    fn is_live(&self) -> bool {
+        !self.end.is_cancelled()
+    }
+
+    /// Whether the service is known to have this session. Without a link nobody can tell.
+    fn is_heard(&self) -> bool {
+        self.link.as_ref().is_none_or(|link| link.state().confirmed)
+    }
+
+    /// Tells the session to end, and the service why, if it listens.
+    fn close(&self, why: &str) {
+        self.link.iter().for_each(|link| link.close(why));
+        self.end.cancel();
+    }
+}
+
+async fn heard(link: &LinkControl) {
+    while !link.state().confirmed {
+        sleep(HEARD_LOOK).await;
     }
 }
 
@@ -372,9 +448,7 @@ impl LinkTable for Admission<'_> {
         let limit = self.legs.settings().max_services;
         let mut table = self.legs.lock();
         let own = Who(peer.instance, self.policy.clone());
-        // Its own earlier one ends when the new one begins.
-        let sessions = table.sessions.values().map(|entry| &entry.who);
-        let others = sessions.chain(table.admitted.values()).filter(|who| **who != own).count();
+        let others = table.others(&own);
         if others < limit {
             table.admitted.insert(self.key, own);
             return Ok(());
@@ -390,7 +464,7 @@ mod tests {
         forward::TargetMetrics,
         transport::{
             carrier::{Carrier, CarrierOptions},
-            hello::{BootId, LinkSettings},
+            hello::{BootId, LinkSettings, offer_new},
         },
     };
 
@@ -435,10 +509,82 @@ mod tests {
         for (instance, policy) in [(1, "service"), (2, "service"), (1, "other"), (1, "service")] {
             let entry = entry(instance, policy).await;
             ends.push(entry.end.clone());
-            registrations.push(legs.register(entry));
+            let registration = legs.register(entry);
+            legs.lock().settle(registration.key, true);
+            registrations.push(registration);
         }
         let ended: Vec<_> = ends.iter().map(CancellationToken::is_cancelled).collect();
         assert_eq!(ended, [true, false, false, false], "the same run of the same service holds one");
+    }
+
+    /// Both ends of a hello of a new session, as far as the device's answer.
+    async fn answered(legs: &MuxLegs, instance: u8) -> (Session, Session) {
+        let links = |_: &LinkId| None;
+        let hello = |instance| LocalHello {
+            instance: InstanceId([instance; 16]),
+            resume_for: Duration::from_secs(900),
+            ..legs.settings().hello
+        };
+        let (near, far) = tokio::io::duplex(65_536);
+        let (service, device) = (hello(instance), hello(0));
+        let device = receive(Box::new(far), &device, &links);
+        let (near, far) = tokio::join!(offer_new(Box::new(near), &service), device);
+        let Ok(Received::New(far)) = far else { panic!("{far:?}") };
+        (near.unwrap(), far)
+    }
+
+    async fn serve(legs: MuxLegs, session: Session) {
+        let admission = Admission::new(&legs, Some("service".parse().unwrap()));
+        let monitor = entry(0, "service").await.monitor;
+        legs.serve_new(session, admission, (None, monitor), CancellationToken::new()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hello_that_its_service_gave_up_takes_nobodys_place() {
+        let (legs, limits) = (legs(1), LinkLimits::default());
+        let (service, device) = answered(&legs, 1).await;
+        let service = MuxSession::begin(service, Role::Client, &limits);
+        let (mut near, mut tasks) = (JoinSet::new(), JoinSet::new());
+        near.spawn(service.driver);
+        tasks.spawn(serve(legs.clone(), device));
+        // The answer to this one is never read.
+        let (deaf, stale) = answered(&legs, 1).await;
+        tasks.spawn(serve(legs.clone(), stale));
+        sleep(Duration::from_secs(5)).await;
+        assert_eq!(legs.lock().sessions.len(), 2);
+        assert!(service.link.as_ref().unwrap().attached(), "{:?}", service.link.unwrap().end());
+        let another = Admission::new(&legs, Some("service".parse().unwrap()));
+        assert!(legs.lock().admitted.is_empty() && another.admit(&peer(1)).is_ok());
+        drop(another);
+
+        sleep(UNHEARD).await;
+        assert_eq!(legs.lock().sessions.len(), 1, "what hears nothing ends");
+        assert!(service.link.as_ref().unwrap().attached());
+        drop(deaf);
+
+        // A service that began anew and says so takes its place.
+        let (next, device) = answered(&legs, 1).await;
+        let next = MuxSession::begin(next, Role::Client, &limits);
+        near.spawn(next.driver);
+        tasks.spawn(serve(legs.clone(), device));
+        service.link.unwrap().ended().await;
+        sleep(UNHEARD).await;
+        assert_eq!(legs.lock().sessions.len(), 1);
+        assert!(next.link.unwrap().attached());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hellos_that_were_given_up_are_few_at_a_time() {
+        let legs = legs(1);
+        let (mut tasks, mut deaf) = (JoinSet::new(), Vec::new());
+        for _ in 0..3 * MAX_UNHEARD {
+            let (service, device) = answered(&legs, 1).await;
+            deaf.push(service);
+            tasks.spawn(serve(legs.clone(), device));
+            sleep(Duration::from_secs(1)).await;
+        }
+        let live = legs.lock().sessions.values().filter(|entry| entry.is_live()).count();
+        assert_eq!(live, MAX_UNHEARD);
     }
 
     #[tokio::test]

@@ -484,6 +484,12 @@ impl Core {
         self.options.resume_for
     }
 
+    /// Whether the other side is known to have the link: a frame of it came, or it proved at a resume that it knows the
+    /// secret. The hello of a new link proves nothing: it may have been under way for longer than its sender waited.
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed || self.epoch > 1
+    }
+
     /// Since when something sent on this carrier waits while nothing at all is heard.
     pub fn unanswered_since(&self) -> Option<Instant> {
         self.window.waiting_since().map(|sent| sent.max(self.heard_at))
