@@ -6,10 +6,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -96,8 +93,8 @@ struct Keeper {
     deps: ControlDeps,
     session: Option<ControlSession>,
     attempts: FuturesUnordered<Attempt>,
-    /// When each attempt began, and whether it logs in.
-    begun: Vec<(Instant, Arc<AtomicBool>)>,
+    /// How far each attempt is.
+    begun: Vec<Arc<Mutex<Stage>>>,
     /// Until then, being taken over may be the work of a login of ours that was given up.
     own_takeover: Instant,
     /// The client that opened the last session.
@@ -118,6 +115,16 @@ struct Keeper {
     look: Option<(Instant, Duration)>,
     last_problem: String,
     was_connected: bool,
+}
+
+/// How far an attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The hub has heard nothing yet.
+    Dials,
+    /// The login was sent at that time.
+    LogsIn(Instant),
+    Over,
 }
 
 /// What woke the loop.
@@ -259,24 +266,28 @@ impl Keeper {
         // attempt at a time must do: a hub that is slow because a fleet comes back must not be asked fourfold.
         let beside = if (self.deps.is_urgent)() { SUSPECT_RETRY } else { ATTEMPT_LIMIT };
         self.next = Some(Instant::now() + beside);
-        self.begun.retain(|(begun, _)| *begun + LOGIN_HOLD > Instant::now());
+        self.begun.retain(|stage| match get(stage) {
+            Stage::Dials => true,
+            Stage::LogsIn(since) => since + LOGIN_HOLD > Instant::now(),
+            Stage::Over => false,
+        });
         if self.is_logging_in() {
             self.next = Some(Instant::now() + SUSPECT_RETRY);
             return;
         }
         let hub = self.choose();
-        let logs_in = Arc::new(AtomicBool::new(false));
-        self.begun.push((Instant::now(), logs_in.clone()));
+        let stage = Arc::new(Mutex::new(Stage::Dials));
+        self.begun.push(stage.clone());
         self.attempts.push(Box::pin(async move {
-            let opened = ControlSession::open(&hub, || logs_in.store(true, Ordering::Relaxed)).await;
-            logs_in.store(false, Ordering::Relaxed);
+            let opened = ControlSession::open(&hub, || set(&stage, Stage::LogsIn(Instant::now()))).await;
+            set(&stage, Stage::Over);
             (hub, opened)
         }));
     }
 
     /// True if an attempt of ours has reached the hub, which may end another session of this device for it.
     fn is_logging_in(&self) -> bool {
-        self.begun.iter().any(|(_, logs_in)| logs_in.load(Ordering::Relaxed))
+        self.begun.iter().any(|stage| matches!(get(stage), Stage::LogsIn(_)))
     }
 
     /// The hub client for the next attempt: the configured one, and every other time the one that worked last if the
@@ -421,6 +432,14 @@ impl Keeper {
     }
 }
 
+fn get(stage: &Mutex<Stage>) -> Stage {
+    *stage.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set(stage: &Mutex<Stage>, next: Stage) {
+    *stage.lock().unwrap_or_else(PoisonError::into_inner) = next;
+}
+
 /// True if the hub, last heard at that time, may not have read what was published then.
 fn may_be_unread(published: Instant, heard: Option<Instant>) -> bool {
     heard.is_none_or(|heard| published + UNREAD >= heard)
@@ -478,9 +497,11 @@ mod tests {
     }
 
     /// An attempt that has got so far and no further.
-    fn attempt(keeper: &mut Keeper, logs_in: bool) {
-        keeper.begun.push((Instant::now(), Arc::new(AtomicBool::new(logs_in))));
+    fn attempt(keeper: &mut Keeper, stage: Stage) -> Arc<Mutex<Stage>> {
+        let stage = Arc::new(Mutex::new(stage));
+        keeper.begun.push(stage.clone());
         keeper.attempts.push(Box::pin(std::future::pending()));
+        stage
     }
 
     fn wait(keeper: &Keeper) -> Duration {
@@ -490,7 +511,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn our_own_next_session_is_no_stranger_that_takes_over() {
         let (mut keeper, _hub, state) = keeper();
-        attempt(&mut keeper, true);
+        attempt(&mut keeper, Stage::LogsIn(Instant::now()));
         keeper.next = Some(Instant::now() + SUSPECT_RETRY);
         keeper.ended(&SessionError::TakenOver);
         assert!(wait(&keeper) <= SUSPECT_RETRY);
@@ -510,12 +531,25 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_login_is_not_overtaken_by_another_of_ours() {
         let (mut keeper, _hub, _) = keeper();
-        attempt(&mut keeper, true);
+        attempt(&mut keeper, Stage::LogsIn(Instant::now()));
         keeper.begin();
         assert_eq!(keeper.attempts.len(), 1);
         tokio::time::advance(LOGIN_HOLD).await;
         keeper.begin();
         assert_eq!(keeper.attempts.len(), 2, "but a login that hangs is");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_login_that_was_long_in_coming_is_not_overtaken_either() {
+        let (mut keeper, _hub, _) = keeper();
+        let slow = attempt(&mut keeper, Stage::Dials);
+        tokio::time::advance(LOGIN_HOLD).await;
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 2, "a dial holds nothing off");
+        set(&slow, Stage::LogsIn(Instant::now()));
+        tokio::time::advance(LOGIN_HOLD / 2).await;
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 2);
     }
 
     #[tokio::test(start_paused = true)]
