@@ -269,19 +269,20 @@ impl MuxLegs {
     async fn watch(&self, key: u64) {
         let mut network = self.network.from_now();
         loop {
-            let entry =
-                self.lock().sessions.get(&key).map(|entry| {
-                    (entry.link.clone(), entry.monitor.clone(), entry.resumed.clone(), entry.sid.is_some())
-                });
-            let Some((link, monitor, resumed, may_report)) = entry else { return std::future::pending().await };
+            let entry = self
+                .lock()
+                .sessions
+                .get(&key)
+                .map(|entry| (entry.link.clone(), entry.monitor.clone(), entry.resumed.clone(), entry.sid.clone()));
+            let Some((link, monitor, resumed, sid)) = entry else { return std::future::pending().await };
             tokio::select! {
                 // The carrier may have been replaced since.
                 () = network.changed() => self.monitor(key).unwrap_or(monitor).probe(),
                 () = resumed.notified() => {}
                 // What cannot be resumed lives as long as its carrier does.
-                () = monitor.suspect(), if may_report && link.is_some() => self.report_lost(key),
+                () = monitor.suspect(), if sid.is_some() && link.is_some() => self.report_leg(key, sid.as_deref()),
                 () = gone(link.as_ref()) => {
-                    self.report_lost(key);
+                    self.report_leg(key, sid.as_deref());
                     match &link {
                         Some(link) if link.wait_attached().await => {}
                         _ => return std::future::pending().await,
@@ -295,8 +296,19 @@ impl MuxLegs {
         self.lock().sessions.get(&key).map(|entry| entry.monitor.clone())
     }
 
+    /// Reports the leg of that bridge, unless the session has another one by now: that one is good.
+    fn report_leg(&self, key: u64, sid: Option<&str>) {
+        let is_that = |present: &mut String| Some(present.as_str()) == sid;
+        let sid = self.lock().sessions.get_mut(&key).and_then(|entry| entry.sid.take_if(is_that));
+        self.report(sid);
+    }
+
     fn report_lost(&self, key: u64) {
         let sid = self.lock().sessions.get_mut(&key).and_then(|entry| entry.sid.take());
+        self.report(sid);
+    }
+
+    fn report(&self, sid: Option<String>) {
         if let Some(sid) = sid {
             // A full outbox means no control session either; then the hub finds out by itself.
             let _ = self.outbox.try_send(lost_topic(&sid));
@@ -585,6 +597,19 @@ mod tests {
         }
         let live = legs.lock().sessions.values().filter(|entry| entry.is_live()).count();
         assert_eq!(live, MAX_UNHEARD);
+    }
+
+    #[tokio::test]
+    async fn a_leg_that_was_replaced_is_lost_alone() {
+        let (outbox, mut published) = mpsc::channel(2);
+        let legs = MuxLegs { outbox, ..legs(1) };
+        let registration = legs.register(Entry { sid: Some("new".into()), ..entry(1, "service").await });
+        legs.report_leg(registration.key, Some("old"));
+        assert!(published.try_recv().is_err(), "the new one is good");
+        legs.report_leg(registration.key, Some("new"));
+        assert_eq!(published.try_recv().unwrap(), lost_topic("new"));
+        legs.report_leg(registration.key, Some("new"));
+        assert!(published.try_recv().is_err(), "once");
     }
 
     #[tokio::test]
