@@ -23,7 +23,7 @@ use super::{
     session::{ControlSession, SessionError},
 };
 use crate::{
-    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, random_u64},
+    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, calm, random_u64},
     proto::control::{DeviceTopic, StreamRequest},
 };
 
@@ -233,11 +233,15 @@ impl Keeper {
                 if let Some(session) = &self.session {
                     session.monitor().probe();
                 } else {
-                    self.next = Some(self.not_before.max(Instant::now()));
+                    let delay = if (self.deps.is_urgent)() { Duration::ZERO } else { calm() };
+                    let at = self.not_before.max(Instant::now() + delay);
+                    self.next = Some(self.next.map_or(at, |next| next.min(at)));
                 }
             }
             Action::HubChanged => {
                 self.doubted = false;
+                // That was another hub, or it did not like another credential.
+                self.not_before = Instant::now();
                 self.next = Some(Instant::now());
             }
             Action::Look => self.look(),
@@ -313,6 +317,7 @@ impl Keeper {
         self.begun.clear();
         self.retry.succeeded();
         self.opened = Instant::now();
+        self.not_before = self.opened;
         // An attempt at a former hub may succeed after the configuration has changed: that is tried all the same.
         let is_configured = self.deps.hub.borrow().is_same(&hub);
         let again = if self.doubted { CONFIGURED_RETRY } else { Duration::ZERO };
@@ -366,11 +371,11 @@ impl Keeper {
             Failure::Path => self.retry.after(Failure::Answered(None), false).delay,
             other @ (Failure::Refused | Failure::Answered(_)) => {
                 let next = self.retry.after(other, false);
-                self.not_before = Instant::now() + next.at_least;
+                self.not_before = self.not_before.max(Instant::now() + next.at_least);
                 next.delay
             }
         };
-        self.next = Some(Instant::now() + delay);
+        self.next = Some(self.not_before.max(Instant::now() + delay));
         warn!(retry_seconds = delay.as_secs_f64(), "the control session with the hub ended: {error}");
         self.deps.state.send_replace(ControlState::Waiting(error.to_string().into()));
     }
@@ -383,13 +388,14 @@ impl Keeper {
         let at = Instant::now() + next.delay;
         self.not_before = self.not_before.max(Instant::now() + next.at_least);
         let others = self.next.filter(|_| failure == Failure::Path);
-        self.next = match others {
+        let at = match others {
             // As long as the path fails, one begins every so often.
-            Some(next) if (self.deps.is_urgent)() => Some(next.min(at)),
+            Some(next) if (self.deps.is_urgent)() => next.min(at),
             // Others that are under way on a path that swallows packets keep their distance.
-            Some(next) if !self.attempts.is_empty() => Some(next.max(at)),
-            _ => Some(at),
+            Some(next) if !self.attempts.is_empty() => next.max(at),
+            _ => at,
         };
+        self.next = Some(at.max(self.not_before));
         let problem = error.to_string();
         if is_beside {
             if problem != self.last_problem {
@@ -523,6 +529,8 @@ mod tests {
         assert!(wait(&keeper) >= Duration::from_secs(30), "a stranger is left alone");
         assert!(matches!(*state.borrow(), ControlState::Waiting(_)));
 
+        // A session was opened, and one that was given up is opened behind it.
+        keeper.not_before = Instant::now();
         keeper.own_takeover = Instant::now() + LOGIN_HOLD;
         keeper.ended(&SessionError::TakenOver);
         assert!(wait(&keeper) < Duration::from_secs(1), "a login that we gave up may arrive late");
@@ -598,6 +606,45 @@ mod tests {
         assert!(may_be_unread(published, Some(published + Duration::from_millis(30))), "they crossed");
         assert!(!may_be_unread(published, Some(published + Duration::from_secs(3))));
         assert!(may_be_unread(published, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_path_that_fails_does_not_hurry_what_the_hub_forbade() {
+        let (mut keeper, hub, _) = keeper();
+        keeper.deps.is_urgent = Box::new(|| true);
+        let hub = hub.borrow().clone();
+        attempt(&mut keeper, Stage::Dials);
+        keeper.next = Some(Instant::now() + SUSPECT_RETRY);
+        // One reached the hub; one beside it gets no answer.
+        keeper.failed(&hub, &SessionError::TakenOver);
+        keeper.failed(&hub, &SessionError::Timeout);
+        assert!(wait(&keeper) >= Duration::from_secs(30));
+        keeper.ended(&SessionError::Timeout);
+        assert!(wait(&keeper) >= Duration::from_secs(30));
+
+        keeper.apply(Action::HubChanged);
+        keeper.failed(&hub, &SessionError::Timeout);
+        assert!(wait(&keeper) < SUSPECT_RETRY, "that was said by another hub");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_the_network_is_followed_at_once_only_by_those_whom_somebody_waits_for() {
+        let (mut keeper, _hub, _) = keeper();
+        let mut waits = Vec::new();
+        for _ in 0..20 {
+            keeper.next = Some(Instant::now() + Duration::from_secs(60));
+            keeper.apply(Action::Network);
+            waits.push(wait(&keeper));
+        }
+        assert!(waits.iter().all(|wait| *wait <= Duration::from_secs(2)), "{waits:?}");
+        assert!(waits.iter().any(|wait| *wait != waits[0]), "a fleet comes in step");
+        keeper.next = Some(Instant::now());
+        keeper.apply(Action::Network);
+        assert_eq!(wait(&keeper), Duration::ZERO, "what is due is not put off");
+        keeper.deps.is_urgent = Box::new(|| true);
+        keeper.next = Some(Instant::now() + Duration::from_secs(60));
+        keeper.apply(Action::Network);
+        assert_eq!(wait(&keeper), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
