@@ -1,7 +1,7 @@
 //! Mux device streams at the device: one per service daemon.
 //!
 //! Owns the sessions, their links, and who may resume which. Does not know stream requests. Invariant: a link is
-//! resumed only for the policy that created it; operators never evict each other.
+//! resumed only for the policy that created it; what an operator does never ends the connections of another one.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -377,6 +377,32 @@ impl Table {
         let live = self.sessions.values().filter(|entry| entry.is_live()).map(|entry| &entry.who);
         live.chain(self.admitted.values()).filter(|who| *who != own).collect::<HashSet<_>>().len()
     }
+
+    /// Makes room: of the other services that have no carrier and no connection here, the one that left first loses its
+    /// place. False if there is none.
+    fn end_longest_idle(&self, own: &Who) -> bool {
+        let others = self.sessions.values().filter(|entry| entry.is_live() && entry.who != *own);
+        let idle = others.filter_map(|entry| Some((self.idle_since(&entry.who)?, &entry.who)));
+        let Some((since, who)) = idle.min_by_key(|(since, _)| *since) else { return false };
+        info!(
+            policy = who.1.as_ref().map(Name::as_str),
+            seconds = since.elapsed().as_secs(),
+            "limits.max_services is reached: a service that is away and has no connections makes room for another"
+        );
+        for entry in self.sessions.values().filter(|entry| entry.who == *who) {
+            entry.close("made room for another service");
+        }
+        true
+    }
+
+    /// Since when a service is away with all that it has here.
+    fn idle_since(&self, who: &Who) -> Option<Instant> {
+        if self.admitted.values().any(|admitted| admitted == who) {
+            return None;
+        }
+        let own = self.sessions.values().filter(|entry| entry.is_live() && entry.who == *who);
+        own.map(Entry::idle_since).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
 }
 
 impl Entry {
@@ -388,6 +414,13 @@ impl Entry {
     /// Whether the service is known to have this session. Without a link nobody can tell.
     fn is_heard(&self) -> bool {
         self.link.as_ref().is_none_or(|link| link.state().confirmed)
+    }
+
+    /// Since when it has no carrier, if it has no connections either.
+    fn idle_since(&self) -> Option<Instant> {
+        let state = self.link.as_ref()?.state();
+        let is_idle = !state.attached && self.mux.as_ref().is_none_or(|mux| mux.channels() == 0);
+        is_idle.then_some(state.since)
     }
 
     /// Tells the session to end, and the service why, if it listens.
@@ -460,17 +493,23 @@ impl LinkTable for Admission<'_> {
         let limit = self.legs.settings().max_services;
         let mut table = self.legs.lock();
         let own = Who(peer.instance, self.policy.clone());
-        let others = table.others(&own);
-        if others < limit {
-            table.admitted.insert(self.key, own);
-            return Ok(());
+        while table.others(&own) >= limit {
+            let others = table.others(&own);
+            if !table.end_longest_idle(&own) {
+                return Err(format!(
+                    "this device serves {others} services, as many as it may (limits.max_services in device.toml)"
+                ));
+            }
         }
-        Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))
+        table.admitted.insert(self.key, own);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
     use super::*;
     use crate::{
         forward::TargetMetrics,
@@ -597,6 +636,46 @@ mod tests {
         }
         let live = legs.lock().sessions.values().filter(|entry| entry.is_live()).count();
         assert_eq!(live, MAX_UNHEARD);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_away_without_connections_makes_room() {
+        let (legs, limits) = (legs(3), LinkLimits::default());
+        let (mut tasks, mut near, mut services) = (JoinSet::new(), JoinSet::new(), Vec::new());
+        for instance in 1..=3 {
+            let (service, device) = answered(&legs, instance).await;
+            let service = MuxSession::begin(service, Role::Client, &limits);
+            tasks.spawn(serve(legs.clone(), device));
+            near.spawn(service.driver);
+            services.push((service.link.unwrap(), service.incoming));
+            sleep(Duration::from_secs(1)).await;
+        }
+        let begin = || Admission::new(&legs, Some("service".parse().unwrap()));
+        assert!(begin().admit(&peer(4)).is_err(), "all are there");
+        // The first has a connection, the second leaves after the third.
+        let of = |who| {
+            let table = legs.lock();
+            let entry = table.sessions.values().find(|entry| entry.who.0 == InstanceId([who; 16])).unwrap();
+            (entry.mux.clone().unwrap(), entry.link.clone().unwrap())
+        };
+        let mut channel = of(1).0.open().await.unwrap();
+        channel.write_all(b"x").await.unwrap();
+        for who in [1, 3, 2] {
+            of(who).1.lose_carrier("away");
+            services[usize::from(who) - 1].0.lose_carrier("away");
+            sleep(Duration::from_secs(10)).await;
+        }
+        let left = || legs.lock().sessions.values().map(|entry| entry.who.0.0[0]).collect::<HashSet<_>>();
+        let fourth = begin();
+        assert!(fourth.admit(&peer(4)).is_ok());
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(left(), [1, 2].into(), "the third was away longest");
+        assert!(begin().admit(&peer(5)).is_ok());
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(left(), [1].into());
+        let sixth = begin();
+        assert!(sixth.admit(&peer(6)).is_ok());
+        assert!(begin().admit(&peer(7)).is_err(), "who has connections stays");
     }
 
     #[tokio::test]
