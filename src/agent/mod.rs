@@ -16,7 +16,7 @@ pub use hub::{CarrierFailure, HubCarrier, HubClient, HubSetupError, TOKEN_LIFETI
 pub use identity::{InstanceError, load_instance, new_boot};
 pub use network::NetworkChanges;
 pub use plain::PlainStream;
-pub use retry::{Next, Retry};
+pub use retry::{Next, Retry, calm};
 pub use session::{MuxSession, end_session, follow_link_settings, receive_window};
 
 /// What an attempt that failed means for the next one.

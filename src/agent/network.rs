@@ -3,6 +3,8 @@
 //! Owns a netlink socket and a look at the boot clock. Does not know what to do about a change. Invariant: a missing
 //! netlink (a sandbox without AF_NETLINK) costs the notice only, never the daemon.
 
+mod rtnetlink;
+
 use std::{io, time::Duration};
 
 use futures_util::FutureExt as _;
@@ -10,6 +12,8 @@ use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
+
+use self::rtnetlink::Addresses;
 
 /// Multicast groups of rtnetlink(7): IPv4 and IPv6 addresses and routes.
 const GROUPS: u32 = 0x10 | 0x40 | 0x100 | 0x400;
@@ -23,7 +27,7 @@ const CLOCK_CHECK: Duration = Duration::from_secs(2);
 const SUSPEND: Duration = Duration::from_secs(3);
 /// Messages that are taken at once; a flood goes on as the next burst.
 const MAX_BURST: usize = 1000;
-/// Kernel messages are read only to be counted; a truncated one counts as well.
+/// Longer than a message about an address or a route; a truncated one counts as a change.
 const MESSAGE: usize = 4096;
 
 /// Counts changes; clones see the same count.
@@ -55,38 +59,36 @@ impl NetworkChanges {
 
 async fn watch_network(changes: watch::Sender<u64>, shutdown: CancellationToken) {
     let mut netlink = open_netlink().inspect_err(|error| debug!(%error, "no notice of network changes")).ok();
-    let mut clocks = Clocks::read();
+    let (mut known, mut clocks) = (Addresses::default(), Clocks::read());
     let mut check = tokio::time::interval(CLOCK_CHECK);
     check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let changed = tokio::select! {
             () = shutdown.cancelled() => return,
             _ = check.tick() => clocks.slept(),
-            received = receive(&mut netlink) => {
-                if let Err(error) = received {
-                    debug!(%error, "the notice of network changes has ended");
-                    netlink = None;
-                }
+            received = receive(&mut netlink, &mut known) => received.unwrap_or_else(|error| {
+                debug!(%error, "the notice of network changes has ended");
+                netlink = None;
                 true
-            }
+            }),
         };
         if changed {
             debug!("the host's network changed, or the host slept");
             changes.send_modify(|count| *count += 1);
             tokio::time::sleep(BURST).await;
-            if drain(&mut netlink) {
+            if drain(&mut netlink, &mut known) {
                 changes.send_modify(|count| *count += 1);
             }
         }
     }
 }
 
-/// Takes what has come meanwhile; true if there was something.
-fn drain(netlink: &mut Option<TokioSocket>) -> bool {
+/// Takes what has come meanwhile; true if there was a change among it.
+fn drain(netlink: &mut Option<TokioSocket>, known: &mut Addresses) -> bool {
     let mut any = false;
     for _ in 0..MAX_BURST {
-        match receive(netlink).now_or_never() {
-            Some(Ok(())) => any = true,
+        match receive(netlink, known).now_or_never() {
+            Some(Ok(is_change)) => any |= is_change,
             // An error comes again, to the loop.
             Some(Err(_)) | None => break,
         }
@@ -100,15 +102,19 @@ fn open_netlink() -> io::Result<TokioSocket> {
     Ok(socket)
 }
 
-async fn receive(netlink: &mut Option<TokioSocket>) -> io::Result<()> {
+/// The next message, and whether it tells of a change.
+async fn receive(netlink: &mut Option<TokioSocket>, known: &mut Addresses) -> io::Result<bool> {
     match netlink {
         None => std::future::pending().await,
         Some(socket) => {
             let mut message = Vec::with_capacity(MESSAGE);
             match socket.recv_from(&mut message).await {
                 // The kernel had more events than room: they were events all the same.
-                Err(error) if error.raw_os_error() == Some(ENOBUFS) => Ok(()),
-                other => other.map(|_| ()),
+                Err(error) if error.raw_os_error() == Some(ENOBUFS) => {
+                    known.forget();
+                    Ok(true)
+                }
+                other => other.map(|_| known.learn(&message)),
             }
         }
     }

@@ -25,6 +25,9 @@ const QUICK_RETRIES: u32 = 2;
 const REFUSED_CEILING: Duration = Duration::from_millis(1500);
 /// So many of these in a row, about 20 s; a hub that is down for longer is left alone like any other.
 const REFUSED_ATTEMPTS: u32 = 30;
+/// What nobody waits for follows news of the network within this time: a whole site may have had the same news, and its
+/// hub would be asked by all in one instant.
+const CALM: Duration = Duration::from_secs(2);
 /// A session that lived this long was healthy: the schedule begins again.
 const HEALTHY: Duration = Duration::from_secs(30);
 
@@ -100,6 +103,11 @@ impl Retry {
             self.backoff.reset();
         }
     }
+}
+
+/// How long after news of the network an attempt begins that nobody waits for.
+pub fn calm() -> Duration {
+    jittered(CALM)
 }
 
 /// A uniform time up to `ceiling`.

@@ -6,10 +6,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -26,7 +23,7 @@ use super::{
     session::{ControlSession, SessionError},
 };
 use crate::{
-    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, random_u64},
+    agent::{Failure, HubClient, NetworkChanges, Retry, TOKEN_LIFETIME, calm, random_u64},
     proto::control::{DeviceTopic, StreamRequest},
 };
 
@@ -96,8 +93,8 @@ struct Keeper {
     deps: ControlDeps,
     session: Option<ControlSession>,
     attempts: FuturesUnordered<Attempt>,
-    /// When each attempt began, and whether it logs in.
-    begun: Vec<(Instant, Arc<AtomicBool>)>,
+    /// How far each attempt is.
+    begun: Vec<Arc<Mutex<Stage>>>,
     /// Until then, being taken over may be the work of a login of ours that was given up.
     own_takeover: Instant,
     /// The client that opened the last session.
@@ -118,6 +115,16 @@ struct Keeper {
     look: Option<(Instant, Duration)>,
     last_problem: String,
     was_connected: bool,
+}
+
+/// How far an attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The hub has heard nothing yet.
+    Dials,
+    /// The login was sent at that time.
+    LogsIn(Instant),
+    Over,
 }
 
 /// What woke the loop.
@@ -226,11 +233,15 @@ impl Keeper {
                 if let Some(session) = &self.session {
                     session.monitor().probe();
                 } else {
-                    self.next = Some(self.not_before.max(Instant::now()));
+                    let delay = if (self.deps.is_urgent)() { Duration::ZERO } else { calm() };
+                    let at = self.not_before.max(Instant::now() + delay);
+                    self.next = Some(self.next.map_or(at, |next| next.min(at)));
                 }
             }
             Action::HubChanged => {
                 self.doubted = false;
+                // That was another hub, or it did not like another credential.
+                self.not_before = Instant::now();
                 self.next = Some(Instant::now());
             }
             Action::Look => self.look(),
@@ -259,24 +270,28 @@ impl Keeper {
         // attempt at a time must do: a hub that is slow because a fleet comes back must not be asked fourfold.
         let beside = if (self.deps.is_urgent)() { SUSPECT_RETRY } else { ATTEMPT_LIMIT };
         self.next = Some(Instant::now() + beside);
-        self.begun.retain(|(begun, _)| *begun + LOGIN_HOLD > Instant::now());
+        self.begun.retain(|stage| match get(stage) {
+            Stage::Dials => true,
+            Stage::LogsIn(since) => since + LOGIN_HOLD > Instant::now(),
+            Stage::Over => false,
+        });
         if self.is_logging_in() {
             self.next = Some(Instant::now() + SUSPECT_RETRY);
             return;
         }
         let hub = self.choose();
-        let logs_in = Arc::new(AtomicBool::new(false));
-        self.begun.push((Instant::now(), logs_in.clone()));
+        let stage = Arc::new(Mutex::new(Stage::Dials));
+        self.begun.push(stage.clone());
         self.attempts.push(Box::pin(async move {
-            let opened = ControlSession::open(&hub, || logs_in.store(true, Ordering::Relaxed)).await;
-            logs_in.store(false, Ordering::Relaxed);
+            let opened = ControlSession::open(&hub, || set(&stage, Stage::LogsIn(Instant::now()))).await;
+            set(&stage, Stage::Over);
             (hub, opened)
         }));
     }
 
     /// True if an attempt of ours has reached the hub, which may end another session of this device for it.
     fn is_logging_in(&self) -> bool {
-        self.begun.iter().any(|(_, logs_in)| logs_in.load(Ordering::Relaxed))
+        self.begun.iter().any(|stage| matches!(get(stage), Stage::LogsIn(_)))
     }
 
     /// The hub client for the next attempt: the configured one, and every other time the one that worked last if the
@@ -302,6 +317,7 @@ impl Keeper {
         self.begun.clear();
         self.retry.succeeded();
         self.opened = Instant::now();
+        self.not_before = self.opened;
         // An attempt at a former hub may succeed after the configuration has changed: that is tried all the same.
         let is_configured = self.deps.hub.borrow().is_same(&hub);
         let again = if self.doubted { CONFIGURED_RETRY } else { Duration::ZERO };
@@ -355,11 +371,11 @@ impl Keeper {
             Failure::Path => self.retry.after(Failure::Answered(None), false).delay,
             other @ (Failure::Refused | Failure::Answered(_)) => {
                 let next = self.retry.after(other, false);
-                self.not_before = Instant::now() + next.at_least;
+                self.not_before = self.not_before.max(Instant::now() + next.at_least);
                 next.delay
             }
         };
-        self.next = Some(Instant::now() + delay);
+        self.next = Some(self.not_before.max(Instant::now() + delay));
         warn!(retry_seconds = delay.as_secs_f64(), "the control session with the hub ended: {error}");
         self.deps.state.send_replace(ControlState::Waiting(error.to_string().into()));
     }
@@ -372,13 +388,14 @@ impl Keeper {
         let at = Instant::now() + next.delay;
         self.not_before = self.not_before.max(Instant::now() + next.at_least);
         let others = self.next.filter(|_| failure == Failure::Path);
-        self.next = match others {
+        let at = match others {
             // As long as the path fails, one begins every so often.
-            Some(next) if (self.deps.is_urgent)() => Some(next.min(at)),
+            Some(next) if (self.deps.is_urgent)() => next.min(at),
             // Others that are under way on a path that swallows packets keep their distance.
-            Some(next) if !self.attempts.is_empty() => Some(next.max(at)),
-            _ => Some(at),
+            Some(next) if !self.attempts.is_empty() => next.max(at),
+            _ => at,
         };
+        self.next = Some(at.max(self.not_before));
         let problem = error.to_string();
         if is_beside {
             if problem != self.last_problem {
@@ -419,6 +436,14 @@ impl Keeper {
         }
         self.waiting.push_back(topic);
     }
+}
+
+fn get(stage: &Mutex<Stage>) -> Stage {
+    *stage.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set(stage: &Mutex<Stage>, next: Stage) {
+    *stage.lock().unwrap_or_else(PoisonError::into_inner) = next;
 }
 
 /// True if the hub, last heard at that time, may not have read what was published then.
@@ -478,9 +503,11 @@ mod tests {
     }
 
     /// An attempt that has got so far and no further.
-    fn attempt(keeper: &mut Keeper, logs_in: bool) {
-        keeper.begun.push((Instant::now(), Arc::new(AtomicBool::new(logs_in))));
+    fn attempt(keeper: &mut Keeper, stage: Stage) -> Arc<Mutex<Stage>> {
+        let stage = Arc::new(Mutex::new(stage));
+        keeper.begun.push(stage.clone());
         keeper.attempts.push(Box::pin(std::future::pending()));
+        stage
     }
 
     fn wait(keeper: &Keeper) -> Duration {
@@ -490,7 +517,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn our_own_next_session_is_no_stranger_that_takes_over() {
         let (mut keeper, _hub, state) = keeper();
-        attempt(&mut keeper, true);
+        attempt(&mut keeper, Stage::LogsIn(Instant::now()));
         keeper.next = Some(Instant::now() + SUSPECT_RETRY);
         keeper.ended(&SessionError::TakenOver);
         assert!(wait(&keeper) <= SUSPECT_RETRY);
@@ -502,6 +529,8 @@ mod tests {
         assert!(wait(&keeper) >= Duration::from_secs(30), "a stranger is left alone");
         assert!(matches!(*state.borrow(), ControlState::Waiting(_)));
 
+        // A session was opened, and one that was given up is opened behind it.
+        keeper.not_before = Instant::now();
         keeper.own_takeover = Instant::now() + LOGIN_HOLD;
         keeper.ended(&SessionError::TakenOver);
         assert!(wait(&keeper) < Duration::from_secs(1), "a login that we gave up may arrive late");
@@ -510,12 +539,25 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_login_is_not_overtaken_by_another_of_ours() {
         let (mut keeper, _hub, _) = keeper();
-        attempt(&mut keeper, true);
+        attempt(&mut keeper, Stage::LogsIn(Instant::now()));
         keeper.begin();
         assert_eq!(keeper.attempts.len(), 1);
         tokio::time::advance(LOGIN_HOLD).await;
         keeper.begin();
         assert_eq!(keeper.attempts.len(), 2, "but a login that hangs is");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_login_that_was_long_in_coming_is_not_overtaken_either() {
+        let (mut keeper, _hub, _) = keeper();
+        let slow = attempt(&mut keeper, Stage::Dials);
+        tokio::time::advance(LOGIN_HOLD).await;
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 2, "a dial holds nothing off");
+        set(&slow, Stage::LogsIn(Instant::now()));
+        tokio::time::advance(LOGIN_HOLD / 2).await;
+        keeper.begin();
+        assert_eq!(keeper.attempts.len(), 2);
     }
 
     #[tokio::test(start_paused = true)]
@@ -564,6 +606,45 @@ mod tests {
         assert!(may_be_unread(published, Some(published + Duration::from_millis(30))), "they crossed");
         assert!(!may_be_unread(published, Some(published + Duration::from_secs(3))));
         assert!(may_be_unread(published, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_path_that_fails_does_not_hurry_what_the_hub_forbade() {
+        let (mut keeper, hub, _) = keeper();
+        keeper.deps.is_urgent = Box::new(|| true);
+        let hub = hub.borrow().clone();
+        attempt(&mut keeper, Stage::Dials);
+        keeper.next = Some(Instant::now() + SUSPECT_RETRY);
+        // One reached the hub; one beside it gets no answer.
+        keeper.failed(&hub, &SessionError::TakenOver);
+        keeper.failed(&hub, &SessionError::Timeout);
+        assert!(wait(&keeper) >= Duration::from_secs(30));
+        keeper.ended(&SessionError::Timeout);
+        assert!(wait(&keeper) >= Duration::from_secs(30));
+
+        keeper.apply(Action::HubChanged);
+        keeper.failed(&hub, &SessionError::Timeout);
+        assert!(wait(&keeper) < SUSPECT_RETRY, "that was said by another hub");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_the_network_is_followed_at_once_only_by_those_whom_somebody_waits_for() {
+        let (mut keeper, _hub, _) = keeper();
+        let mut waits = Vec::new();
+        for _ in 0..20 {
+            keeper.next = Some(Instant::now() + Duration::from_secs(60));
+            keeper.apply(Action::Network);
+            waits.push(wait(&keeper));
+        }
+        assert!(waits.iter().all(|wait| *wait <= Duration::from_secs(2)), "{waits:?}");
+        assert!(waits.iter().any(|wait| *wait != waits[0]), "a fleet comes in step");
+        keeper.next = Some(Instant::now());
+        keeper.apply(Action::Network);
+        assert_eq!(wait(&keeper), Duration::ZERO, "what is due is not put off");
+        keeper.deps.is_urgent = Box::new(|| true);
+        keeper.next = Some(Instant::now() + Duration::from_secs(60));
+        keeper.apply(Action::Network);
+        assert_eq!(wait(&keeper), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]

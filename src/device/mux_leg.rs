@@ -1,10 +1,10 @@
 //! Mux device streams at the device: one per service daemon.
 //!
 //! Owns the sessions, their links, and who may resume which. Does not know stream requests. Invariant: a link is
-//! resumed only for the policy that created it; operators never evict each other.
+//! resumed only for the policy that created it; what an operator does never ends the connections of another one.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinSet,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, info, warn};
@@ -38,6 +38,14 @@ use crate::{
 const CHANNELS_END: Duration = Duration::from_secs(5);
 /// What a service daemon hears whose place was taken by another one that says it is the same.
 const TWIN: &str = "another service daemon with the same instance ID took its place; was its state_dir copied?";
+/// A new link that hears nothing of its service for so long ends, and has taken nobody's place: the service gave its
+/// hello up. The 10 s of a hello and the 60 s that such a link lives without a carrier.
+const UNHEARD: Duration = Duration::from_secs(70);
+/// How often a new link is asked whether it has heard its service; it does so a round trip after the hello.
+const HEARD_LOOK: Duration = Duration::from_millis(50);
+/// New links of one service that have not heard it. It makes one attempt at a time, so all but one are left over from
+/// attempts that it gave up after 10 s each; when more come the oldest ends.
+const MAX_UNHEARD: usize = 8;
 
 /// All mux legs of a device. Clones share them.
 #[derive(Clone)]
@@ -70,7 +78,7 @@ struct Table {
 }
 
 /// Whom a session belongs to: an installation, under a policy.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Who(InstanceId, Option<Name>);
 
 /// A session that runs.
@@ -179,28 +187,33 @@ impl MuxLegs {
         let why = tokio::select! {
             why = self.run(registration.key, session, policy, end) => why,
             () = self.watch(registration.key) => unreachable!("the watch has no end"),
+            () = self.settle(registration.key, link.as_ref()) => unreachable!("what is settled stays so"),
         };
         drop(registration);
         info!(seconds = begun.elapsed().as_secs_f64(), "device stream ended: {why}");
     }
 
-    /// Enters a session, and ends at once what a restart of the same service daemon left behind.
+    /// Enters a session. It takes nobody's place before it is [settled](Self::settle).
     fn register(&self, entry: Entry) -> Registration<'_> {
         let mut table = self.lock();
-        for old in table.sessions.values() {
-            if old.who == entry.who {
-                // It restarted, or gave the earlier one up without a way to say so: it keeps one per device.
-                debug!("a service daemon begins anew; its earlier device stream ends");
-                // Heard only by a daemon that lives, which then has a twin.
-                old.link.iter().for_each(|link| link.close(TWIN));
-                old.end.cancel();
-            }
-        }
+        table.bound_unheard(&entry.who);
         let key = table.next;
         table.next += 1;
         table.sessions.insert(key, entry);
         self.metrics.services.set(i64::try_from(table.sessions.len()).unwrap_or(i64::MAX));
         Registration { legs: self, key }
+    }
+
+    /// Waits until the service is known to have a session, and ends then what it left behind. A hello alone says nothing:
+    /// the hub may have kept it longer than the service waited, which has another session by now. No end.
+    async fn settle(&self, key: u64, link: Option<&LinkControl>) {
+        let is_heard = match link {
+            Some(link) => timeout(UNHEARD, heard(link)).await.is_ok(),
+            // The carrier itself is all there is.
+            None => true,
+        };
+        self.lock().settle(key, is_heard);
+        std::future::pending().await
     }
 
     /// Runs the mux and its channels until it ends, and says why it ended.
@@ -255,21 +268,22 @@ impl MuxLegs {
     async fn watch(&self, key: u64) {
         let mut network = self.network.from_now();
         loop {
-            let entry =
-                self.lock().sessions.get(&key).map(|entry| {
-                    (entry.link.clone(), entry.monitor.clone(), entry.resumed.clone(), entry.sid.is_some())
-                });
-            let Some((link, monitor, resumed, may_report)) = entry else { return std::future::pending().await };
+            let entry = self
+                .lock()
+                .sessions
+                .get(&key)
+                .map(|entry| (entry.link.clone(), entry.monitor.clone(), entry.resumed.clone(), entry.sid.clone()));
+            let Some((link, monitor, resumed, sid)) = entry else { return std::future::pending().await };
             tokio::select! {
                 // The carrier may have been replaced since.
                 () = network.changed() => self.monitor(key).unwrap_or(monitor).probe(),
                 () = resumed.notified() => {}
                 // What cannot be resumed lives as long as its carrier does.
-                () = monitor.suspect(), if may_report && link.is_some() => self.report_lost(key),
+                () = monitor.suspect(), if sid.is_some() && link.is_some() => self.report_leg(key, sid.as_deref()),
                 () = gone(link.as_ref()) => {
                     // Of a link that has ended the last word is on its way, and this would overtake it.
                     if link.as_ref().is_some_and(|link| link.end().is_none()) {
-                        self.report_lost(key);
+                        self.report_leg(key, sid.as_deref());
                     }
                     match &link {
                         Some(link) if link.wait_attached().await => {}
@@ -284,8 +298,19 @@ impl MuxLegs {
         self.lock().sessions.get(&key).map(|entry| entry.monitor.clone())
     }
 
+    /// Reports the leg of that bridge, unless the session has another one by now: that one is good.
+    fn report_leg(&self, key: u64, sid: Option<&str>) {
+        let is_that = |present: &mut String| Some(present.as_str()) == sid;
+        let sid = self.lock().sessions.get_mut(&key).and_then(|entry| entry.sid.take_if(is_that));
+        self.report(sid);
+    }
+
     fn report_lost(&self, key: u64) {
         let sid = self.lock().sessions.get_mut(&key).and_then(|entry| entry.sid.take());
+        self.report(sid);
+    }
+
+    fn report(&self, sid: Option<String>) {
         if let Some(sid) = sid {
             // A full outbox means no control session either; then the hub finds out by itself.
             let _ = self.outbox.try_send(lost_topic(&sid));
@@ -313,7 +338,103 @@ impl MuxLegs {
                 "rtt_seconds": entry.monitor.rtt().map(|rtt| rtt.as_secs_f64()),
             })
         };
-        table.sessions.values().map(row).collect()
+        // What a service gave up is nothing that people need to see.
+        table.sessions.values().filter(|entry| entry.is_heard()).map(row).collect()
+    }
+}
+
+impl Table {
+    fn settle(&self, key: u64, is_heard: bool) {
+        match self.sessions.get(&key) {
+            Some(_) if is_heard => self.succeed(key),
+            Some(unheard) => unheard.close("nothing was heard from the service"),
+            None => {}
+        }
+    }
+
+    /// A session is its service's one from now on: it restarted, or gave the earlier ones up without a way to say so.
+    fn succeed(&self, key: u64) {
+        let Some(new) = self.sessions.get(&key) else { return };
+        for (_, old) in self.sessions.iter().filter(|(earlier, old)| **earlier < key && old.who == new.who) {
+            debug!("a service daemon begins anew; its earlier device stream ends");
+            // Heard only by a daemon that lives, which then has a twin.
+            old.close(TWIN);
+        }
+    }
+
+    /// Makes room for another session of that service that it has not been heard on.
+    fn bound_unheard(&self, who: &Who) {
+        let unheard = |entry: &Entry| entry.who == *who && entry.is_live() && !entry.is_heard();
+        let keys = || self.sessions.iter().filter(|(_, entry)| unheard(entry)).map(|(key, _)| *key);
+        if keys().count() >= MAX_UNHEARD
+            && let Some(oldest) = keys().min().and_then(|key| self.sessions.get(&key))
+        {
+            oldest.close("nothing was heard from the service, which began anew");
+        }
+    }
+
+    /// How many others have a session or were admitted. A service counts once: it keeps one session, and what it left
+    /// behind soon ends.
+    fn others(&self, own: &Who) -> usize {
+        let live = self.sessions.values().filter(|entry| entry.is_live()).map(|entry| &entry.who);
+        live.chain(self.admitted.values()).filter(|who| *who != own).collect::<HashSet<_>>().len()
+    }
+
+    /// Makes room: of the other services that have no carrier and no connection here, the one that left first loses its
+    /// place. False if there is none.
+    fn end_longest_idle(&self, own: &Who) -> bool {
+        let others = self.sessions.values().filter(|entry| entry.is_live() && entry.who != *own);
+        let idle = others.filter_map(|entry| Some((self.idle_since(&entry.who)?, &entry.who)));
+        let Some((since, who)) = idle.min_by_key(|(since, _)| *since) else { return false };
+        info!(
+            policy = who.1.as_ref().map(Name::as_str),
+            seconds = since.elapsed().as_secs(),
+            "limits.max_services is reached: a service that is away and has no connections makes room for another"
+        );
+        for entry in self.sessions.values().filter(|entry| entry.who == *who) {
+            entry.close("made room for another service");
+        }
+        true
+    }
+
+    /// Since when a service is away with all that it has here.
+    fn idle_since(&self, who: &Who) -> Option<Instant> {
+        if self.admitted.values().any(|admitted| admitted == who) {
+            return None;
+        }
+        let own = self.sessions.values().filter(|entry| entry.is_live() && entry.who == *who);
+        own.map(Entry::idle_since).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+}
+
+impl Entry {
+    /// False if it was told to end.
+    fn is_live(&self) -> bool {
+        !self.end.is_cancelled()
+    }
+
+    /// Whether the service is known to have this session. Without a link nobody can tell.
+    fn is_heard(&self) -> bool {
+        self.link.as_ref().is_none_or(|link| link.state().confirmed)
+    }
+
+    /// Since when it has no carrier, if it has no connections either.
+    fn idle_since(&self) -> Option<Instant> {
+        let state = self.link.as_ref()?.state();
+        let is_idle = !state.attached && self.mux.as_ref().is_none_or(|mux| mux.channels() == 0);
+        is_idle.then_some(state.since)
+    }
+
+    /// Tells the session to end, and the service why, if it listens.
+    fn close(&self, why: &str) {
+        self.link.iter().for_each(|link| link.close(why));
+        self.end.cancel();
+    }
+}
+
+async fn heard(link: &LinkControl) {
+    while !link.state().confirmed {
+        sleep(HEARD_LOOK).await;
     }
 }
 
@@ -374,25 +495,29 @@ impl LinkTable for Admission<'_> {
         let limit = self.legs.settings().max_services;
         let mut table = self.legs.lock();
         let own = Who(peer.instance, self.policy.clone());
-        // Its own earlier one ends when the new one begins.
-        let sessions = table.sessions.values().map(|entry| &entry.who);
-        let others = sessions.chain(table.admitted.values()).filter(|who| **who != own).count();
-        if others < limit {
-            table.admitted.insert(self.key, own);
-            return Ok(());
+        while table.others(&own) >= limit {
+            let others = table.others(&own);
+            if !table.end_longest_idle(&own) {
+                return Err(format!(
+                    "this device serves {others} services, as many as it may (limits.max_services in device.toml)"
+                ));
+            }
         }
-        Err(format!("this device serves {others} services, as many as it may (limits.max_services in device.toml)"))
+        table.admitted.insert(self.key, own);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
     use super::*;
     use crate::{
         forward::TargetMetrics,
         transport::{
             carrier::{Carrier, CarrierOptions},
-            hello::{BootId, LinkSettings},
+            hello::{BootId, LinkSettings, offer_new},
         },
     };
 
@@ -437,10 +562,135 @@ mod tests {
         for (instance, policy) in [(1, "service"), (2, "service"), (1, "other"), (1, "service")] {
             let entry = entry(instance, policy).await;
             ends.push(entry.end.clone());
-            registrations.push(legs.register(entry));
+            let registration = legs.register(entry);
+            legs.lock().settle(registration.key, true);
+            registrations.push(registration);
         }
         let ended: Vec<_> = ends.iter().map(CancellationToken::is_cancelled).collect();
         assert_eq!(ended, [true, false, false, false], "the same run of the same service holds one");
+    }
+
+    /// Both ends of a hello of a new session, as far as the device's answer.
+    async fn answered(legs: &MuxLegs, instance: u8) -> (Session, Session) {
+        let links = |_: &LinkId| None;
+        let hello = |instance| LocalHello {
+            instance: InstanceId([instance; 16]),
+            resume_for: Duration::from_secs(900),
+            ..legs.settings().hello
+        };
+        let (near, far) = tokio::io::duplex(65_536);
+        let (service, device) = (hello(instance), hello(0));
+        let device = receive(Box::new(far), &device, &links);
+        let (near, far) = tokio::join!(offer_new(Box::new(near), &service), device);
+        let Ok(Received::New(far)) = far else { panic!("{far:?}") };
+        (near.unwrap(), far)
+    }
+
+    async fn serve(legs: MuxLegs, session: Session) {
+        let admission = Admission::new(&legs, Some("service".parse().unwrap()));
+        let monitor = entry(0, "service").await.monitor;
+        legs.serve_new(session, admission, (None, monitor), CancellationToken::new()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hello_that_its_service_gave_up_takes_nobodys_place() {
+        let (legs, limits) = (legs(1), LinkLimits::default());
+        let (service, device) = answered(&legs, 1).await;
+        let service = MuxSession::begin(service, Role::Client, &limits);
+        let (mut near, mut tasks) = (JoinSet::new(), JoinSet::new());
+        near.spawn(service.driver);
+        tasks.spawn(serve(legs.clone(), device));
+        // The answer to this one is never read.
+        let (deaf, stale) = answered(&legs, 1).await;
+        tasks.spawn(serve(legs.clone(), stale));
+        sleep(Duration::from_secs(5)).await;
+        assert_eq!(legs.lock().sessions.len(), 2);
+        assert!(service.link.as_ref().unwrap().attached(), "{:?}", service.link.unwrap().end());
+        let another = Admission::new(&legs, Some("service".parse().unwrap()));
+        assert!(legs.lock().admitted.is_empty() && another.admit(&peer(1)).is_ok());
+        drop(another);
+
+        sleep(UNHEARD).await;
+        assert_eq!(legs.lock().sessions.len(), 1, "what hears nothing ends");
+        assert!(service.link.as_ref().unwrap().attached());
+        drop(deaf);
+
+        // A service that began anew and says so takes its place.
+        let (next, device) = answered(&legs, 1).await;
+        let next = MuxSession::begin(next, Role::Client, &limits);
+        near.spawn(next.driver);
+        tasks.spawn(serve(legs.clone(), device));
+        service.link.unwrap().ended().await;
+        sleep(UNHEARD).await;
+        assert_eq!(legs.lock().sessions.len(), 1);
+        assert!(next.link.unwrap().attached());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hellos_that_were_given_up_are_few_at_a_time() {
+        let legs = legs(1);
+        let (mut tasks, mut deaf) = (JoinSet::new(), Vec::new());
+        for _ in 0..3 * MAX_UNHEARD {
+            let (service, device) = answered(&legs, 1).await;
+            deaf.push(service);
+            tasks.spawn(serve(legs.clone(), device));
+            sleep(Duration::from_secs(1)).await;
+        }
+        let live = legs.lock().sessions.values().filter(|entry| entry.is_live()).count();
+        assert_eq!(live, MAX_UNHEARD);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_away_without_connections_makes_room() {
+        let (legs, limits) = (legs(3), LinkLimits::default());
+        let (mut tasks, mut near, mut services) = (JoinSet::new(), JoinSet::new(), Vec::new());
+        for instance in 1..=3 {
+            let (service, device) = answered(&legs, instance).await;
+            let service = MuxSession::begin(service, Role::Client, &limits);
+            tasks.spawn(serve(legs.clone(), device));
+            near.spawn(service.driver);
+            services.push((service.link.unwrap(), service.incoming));
+            sleep(Duration::from_secs(1)).await;
+        }
+        let begin = || Admission::new(&legs, Some("service".parse().unwrap()));
+        assert!(begin().admit(&peer(4)).is_err(), "all are there");
+        // The first has a connection, the second leaves after the third.
+        let of = |who| {
+            let table = legs.lock();
+            let entry = table.sessions.values().find(|entry| entry.who.0 == InstanceId([who; 16])).unwrap();
+            (entry.mux.clone().unwrap(), entry.link.clone().unwrap())
+        };
+        let mut channel = of(1).0.open().await.unwrap();
+        channel.write_all(b"x").await.unwrap();
+        for who in [1, 3, 2] {
+            of(who).1.lose_carrier("away");
+            services[usize::from(who) - 1].0.lose_carrier("away");
+            sleep(Duration::from_secs(10)).await;
+        }
+        let left = || legs.lock().sessions.values().map(|entry| entry.who.0.0[0]).collect::<HashSet<_>>();
+        let fourth = begin();
+        assert!(fourth.admit(&peer(4)).is_ok());
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(left(), [1, 2].into(), "the third was away longest");
+        assert!(begin().admit(&peer(5)).is_ok());
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(left(), [1].into());
+        let sixth = begin();
+        assert!(sixth.admit(&peer(6)).is_ok());
+        assert!(begin().admit(&peer(7)).is_err(), "who has connections stays");
+    }
+
+    #[tokio::test]
+    async fn a_leg_that_was_replaced_is_lost_alone() {
+        let (outbox, mut published) = mpsc::channel(2);
+        let legs = MuxLegs { outbox, ..legs(1) };
+        let registration = legs.register(Entry { sid: Some("new".into()), ..entry(1, "service").await });
+        legs.report_leg(registration.key, Some("old"));
+        assert!(published.try_recv().is_err(), "the new one is good");
+        legs.report_leg(registration.key, Some("new"));
+        assert_eq!(published.try_recv().unwrap(), lost_topic("new"));
+        legs.report_leg(registration.key, Some("new"));
+        assert!(published.try_recv().is_err(), "once");
     }
 
     #[tokio::test]

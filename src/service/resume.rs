@@ -12,15 +12,18 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, sleep_until},
+};
 use tracing::{debug, info, warn};
 
 use super::{
     initiator::Patience,
-    tunnel::{AttemptError, Obstacle, TunnelDeps, open_leg},
+    tunnel::{AttemptError, NUDGED_PAUSE, Obstacle, TunnelDeps, open_leg},
 };
 use crate::{
-    agent::{Failure, Retry, random_u64},
+    agent::{Failure, HubClient, Retry, calm, random_u64},
     base::Identity,
     transport::{
         carrier::CarrierMonitor,
@@ -60,7 +63,7 @@ pub(super) async fn keep_attached(
     device: &Identity,
     mux: &Mux,
     link: Option<&LinkControl>,
-    (first, obstacle): (CarrierMonitor, &Obstacle),
+    (first, obstacle, nudge): (CarrierMonitor, &Obstacle, &Notify),
     publish: impl Fn(CarrierMonitor),
 ) {
     obstacle.set(None);
@@ -101,8 +104,8 @@ pub(super) async fn keep_attached(
         // The link itself tells people when it is lost and resumed.
         debug!("{suspicion}; trying another carrier");
         deps.trouble.notify_one();
-        let attempts = Attempts::new(deps, device, link, mux, (first_attempt(attached), obstacle));
-        let outcome = attempts.run(&monitor, is_beside).await;
+        let attempts = Attempts::new(deps, device, link, mux, (first_attempt(attached), obstacle, nudge));
+        let outcome = attempts.run(&monitor, is_beside, &mut hub).await;
         obstacle.set(None);
         match outcome {
             Outcome::Attached(next) => {
@@ -148,12 +151,16 @@ struct Attempts<'a> {
     asked: Asked,
     /// The next one begins at this time, if nothing holds it off.
     next: Instant,
+    /// When the last one began.
+    begun: Instant,
     retry: Retry,
     /// The hub asked to be left alone until then.
     not_before: Instant,
     /// The causes of failure that were logged for people, each once.
     told: Vec<String>,
     obstacle: &'a Obstacle,
+    /// Rings when a connection comes that needs the link.
+    nudge: &'a Notify,
 }
 
 impl<'a> Attempts<'a> {
@@ -162,7 +169,7 @@ impl<'a> Attempts<'a> {
         device: &'a Identity,
         link: &'a LinkControl,
         mux: &'a Mux,
-        (next, obstacle): (Instant, &'a Obstacle),
+        (next, obstacle, nudge): (Instant, &'a Obstacle, &'a Notify),
     ) -> Self {
         let (running, asked) = (FuturesUnordered::new(), Asked::default());
         Self {
@@ -173,16 +180,18 @@ impl<'a> Attempts<'a> {
             running,
             asked,
             next,
+            begun: Instant::now(),
             retry: Retry::default(),
             not_before: Instant::now(),
             told: Vec::new(),
             obstacle,
+            nudge,
         }
     }
 
     /// Until the link has another carrier, or needs none any more. With `is_beside` the old one is good, and another is
     /// wanted all the same.
-    async fn run(mut self, old: &CarrierMonitor, is_beside: bool) -> Outcome {
+    async fn run(mut self, old: &CarrierMonitor, is_beside: bool, hub: &mut watch::Receiver<HubClient>) -> Outcome {
         let mut network = self.deps.network.from_now();
         loop {
             let due = self.due();
@@ -194,9 +203,10 @@ impl<'a> Attempts<'a> {
                 () = sleep_until(due), if self.running.len() < MAX_ATTEMPTS => self.begin(),
                 () = network.changed() => {
                     old.probe();
-                    self.next = self.not_before.max(Instant::now());
-                    self.asked = Asked::default();
+                    self.network_changed();
                 }
+                Ok(()) = hub.changed() => self.hub_changed(),
+                () = self.nudge.notified() => self.nudged(),
                 () = unanswered(Some(self.link), DEAD_AFTER) => {
                     self.link.lose_carrier("no sign of life from the device");
                 }
@@ -211,13 +221,40 @@ impl<'a> Attempts<'a> {
         self.asked.held_until().map_or(self.next, |hold| hold.max(self.next))
     }
 
+    /// True if connections wait, or would if they had something to say.
+    fn is_urgent(&self) -> bool {
+        self.mux.channels() > 0
+    }
+
+    /// What waits at the hub may wait at the far end of a path that is gone.
+    fn network_changed(&mut self) {
+        let delay = if self.is_urgent() { Duration::ZERO } else { calm() };
+        self.next = self.due().min(Instant::now() + delay).max(self.not_before);
+        self.asked = Asked::default();
+    }
+
+    /// What runs was begun at another hub, or with another credential.
+    fn hub_changed(&mut self) {
+        self.running.clear();
+        self.asked = Asked::default();
+        self.not_before = Instant::now();
+        self.next = self.not_before;
+    }
+
+    /// Somebody waits who did not when the present delay was chosen.
+    fn nudged(&mut self) {
+        let spread = Duration::from_micros(random_u64() % NUDGED_PAUSE.as_micros() as u64);
+        let soon = (Instant::now() + spread).max(self.begun + NUDGED_PAUSE);
+        self.next = self.next.min(soon.max(self.not_before));
+    }
+
     fn begin(&mut self) {
         let now = Instant::now();
         if self.due() > now {
             // An attempt has reached the hub meanwhile.
             return;
         }
-        self.next = now + PATH_RETRY;
+        (self.begun, self.next) = (now, now + PATH_RETRY);
         let reached = self.asked.begin(now);
         let (deps, device, link) = (self.deps, self.device, self.link);
         self.running.push(Box::pin(async move {
@@ -232,7 +269,7 @@ impl<'a> Attempts<'a> {
 
     fn failed(&mut self, error: &AttemptError) {
         self.tell(error);
-        let is_urgent = self.mux.channels() > 0;
+        let is_urgent = self.is_urgent();
         if matches!(error, AttemptError::Hello(HelloError::Refused(_))) && self.link.end().is_none() {
             // Another carrier came first, or the device will tell with the next attempt.
             return;
@@ -241,7 +278,9 @@ impl<'a> Attempts<'a> {
         self.not_before = self.not_before.max(Instant::now() + next.at_least);
         let at = Instant::now() + next.delay;
         let is_urgent_path = error.failure() == Failure::Path && is_urgent;
-        self.next = if is_urgent_path { self.next.min(at) } else { at };
+        let at = if is_urgent_path { self.next.min(at) } else { at };
+        // Another attempt, beside this one, may have reached the hub and been told to stay away.
+        self.next = at.max(self.not_before);
     }
 
     /// Says why connections go on waiting: each cause once, because attempts are many.
@@ -310,7 +349,19 @@ async fn unanswered(link: Option<&LinkControl>, limit: Duration) {
 
 #[cfg(test)]
 mod tests {
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+    use crate::{
+        agent::{MuxSession, NetworkChanges},
+        config::{FileContents, LinkLimits, ProxyRule},
+        service::{metrics::ServiceMetrics, tunnel::TunnelSettings},
+        transport::{
+            hello::{BootId, InstanceId, LinkId, LinkSettings, LocalHello, offer_new, receive},
+            mux::Role,
+            tls::testing::Authority,
+        },
+    };
 
     #[test]
     fn an_absent_device_is_awaited_and_not_polled() {
@@ -331,6 +382,117 @@ mod tests {
             assert!(waiting.len() <= 3, "{} requests wait at once", waiting.len());
         }
         assert!(begun <= 40, "{begun} requests");
+    }
+
+    /// A link that has lost its carrier, and its mux.
+    async fn detached_link() -> (LinkControl, MuxSession) {
+        let hello = hello();
+        let (near, far) = tokio::io::duplex(65_536);
+        let none = |_: &LinkId| None;
+        let (session, far) = tokio::join!(offer_new(Box::new(near), &hello), receive(Box::new(far), &hello, &none));
+        far.unwrap();
+        let session = MuxSession::begin(session.unwrap(), Role::Client, &LinkLimits::default());
+        let link = session.link.clone().unwrap();
+        link.lose_carrier("gone");
+        (link, session)
+    }
+
+    fn hello() -> LocalHello {
+        LocalHello {
+            instance: InstanceId([1; 16]),
+            boot: BootId([1; 16]),
+            max_channels: 16,
+            receive_window: 65_536,
+            resume_for: Duration::from_secs(900),
+            links: LinkSettings::default(),
+        }
+    }
+
+    fn deps() -> TunnelDeps {
+        let authority = Authority::new();
+        let ca = FileContents { path: "ca.pem".into(), contents: authority.pem().into() };
+        let hub = HubClient::new(&HUB.parse().unwrap(), Some(&ca), None, &ProxyRule::Off).unwrap();
+        let settings = TunnelSettings { hello: hello(), limits: LinkLimits::default() };
+        TunnelDeps {
+            hub: watch::channel(hub).1,
+            settings: watch::channel(settings).1,
+            network: NetworkChanges::start(CancellationToken::new()).0,
+            metrics: ServiceMetrics::default(),
+            trouble: Arc::default(),
+        }
+    }
+
+    const HUB: &str = "HostName=127.0.0.1:1;SharedAccessKeyName=service;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+
+    /// What happens to attempts whose next one begins in a minute.
+    async fn check(story: impl FnOnce(&mut Attempts<'_>)) {
+        let (deps, (link, session), device) = (deps(), detached_link().await, "pump".parse().unwrap());
+        let (obstacle, nudge) = (Obstacle::default(), Notify::new());
+        let next = Instant::now() + Duration::from_secs(60);
+        story(&mut Attempts::new(&deps, &device, &link, &session.mux, (next, &obstacle, &nudge)));
+    }
+
+    fn wait(attempts: &Attempts<'_>) -> Duration {
+        attempts.due().saturating_duration_since(Instant::now())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_comes_does_not_wait_for_an_old_delay() {
+        check(|attempts| {
+            attempts.nudged();
+            assert!(wait(attempts) <= NUDGED_PAUSE, "{:?}", wait(attempts));
+            // Many connections make no more attempts.
+            for _ in 0..100 {
+                attempts.begun = Instant::now();
+                attempts.next = Instant::now() + PATH_RETRY;
+                attempts.nudged();
+                assert!(wait(attempts) >= NUDGED_PAUSE);
+            }
+            attempts.not_before = Instant::now() + Duration::from_secs(30);
+            attempts.next = attempts.not_before + Duration::from_secs(30);
+            attempts.nudged();
+            assert_eq!(wait(attempts), Duration::from_secs(30), "the hub asked for it");
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_the_network_is_followed_within_2_s_where_nobody_waits() {
+        check(|attempts| {
+            let mut waits = Vec::new();
+            for _ in 0..20 {
+                attempts.next = Instant::now();
+                attempts.asked.begin(Instant::now()).store(true, Ordering::Relaxed);
+                assert!(wait(attempts) >= HUB_HOLD);
+                attempts.network_changed();
+                waits.push(wait(attempts));
+            }
+            assert!(waits.iter().all(|wait| *wait <= Duration::from_secs(2)), "{waits:?}");
+            assert!(waits.iter().any(|wait| *wait != waits[0]), "a fleet comes in step");
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_path_that_fails_does_not_hurry_what_the_hub_forbade() {
+        check(|attempts| {
+            attempts.not_before = Instant::now() + Duration::from_secs(90);
+            attempts.failed(&AttemptError::Hello(HelloError::Timeout(Duration::from_secs(10))));
+            assert_eq!(wait(attempts), Duration::from_secs(90));
+        })
+        .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_hub_is_asked_at_once() {
+        check(|attempts| {
+            attempts.begin();
+            attempts.asked.begin(Instant::now()).store(true, Ordering::Relaxed);
+            attempts.not_before = Instant::now() + Duration::from_secs(30);
+            attempts.hub_changed();
+            assert!(wait(attempts).is_zero() && attempts.running.is_empty());
+        })
+        .await;
     }
 
     #[tokio::test(start_paused = true)]

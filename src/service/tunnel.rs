@@ -22,7 +22,7 @@ use super::{
     resume::keep_attached,
 };
 use crate::{
-    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Next, Retry, end_session},
+    agent::{Failure, HubCarrier, HubClient, MuxSession, NetworkChanges, Next, Retry, calm, end_session},
     base::{Identity, StreamName},
     config::LinkLimits,
     proto::streams::MUX_STREAM,
@@ -39,7 +39,7 @@ const AWAIT_DEVICE: Duration = Duration::from_secs(240);
 /// A device that is online answers at once; the documented default.
 const AWAIT_ANSWER: Duration = Duration::from_secs(30);
 /// Between attempts while connections come in for a tunnel that is not there.
-const NUDGED_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const NUDGED_PAUSE: Duration = Duration::from_secs(1);
 /// An attempt that is older than this when the network changes is made again: it may wait at the far end of a path that
 /// is gone. A younger one was made on the network as it is now; events come in bursts.
 const SETTLED: Duration = Duration::from_secs(5);
@@ -101,7 +101,7 @@ pub(crate) enum TunnelState {
 pub(crate) struct Tunnel {
     state: watch::Receiver<TunnelState>,
     wanted: Arc<watch::Sender<bool>>,
-    /// Wakes a keeper that waits for its next attempt: a connection is there now.
+    /// Wakes who waits for the next attempt, at a session or at a carrier of its link: a connection is there now.
     nudge: Arc<Notify>,
     obstacle: Obstacle,
 }
@@ -162,7 +162,12 @@ impl Tunnel {
         let mut before = None;
         loop {
             match &*state.borrow_and_update() {
-                TunnelState::Up { mux, .. } if !mux.is_closed() => return Ok(mux.clone()),
+                TunnelState::Up { mux, link, .. } if !mux.is_closed() => {
+                    if link.as_ref().is_some_and(|link| !link.attached()) {
+                        self.nudge.notify_one();
+                    }
+                    return Ok(mux.clone());
+                }
                 TunnelState::Waiting { attempts, refused, why, .. } => {
                     let before = *before.get_or_insert(*attempts);
                     if *refused && *attempts > before {
@@ -296,6 +301,7 @@ impl Keeper {
         let moved = async {
             sleep(at_least).await;
             network.changed().await;
+            sleep(calm()).await;
         };
         let mut hub = self.deps.hub.clone();
         hub.mark_unchanged();
@@ -321,6 +327,7 @@ impl Keeper {
                     break;
                 }
             }
+            sleep(calm()).await;
         };
         tokio::select! {
             attempt = self.attempt() => Some(attempt),
@@ -355,7 +362,7 @@ impl Keeper {
         let mut driver = pin!(driver);
         let ended = tokio::select! {
             ended = &mut driver => Some(ended),
-            () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), (monitor, &self.obstacle), publish) => None,
+            () = keep_attached(&self.deps, &self.device, &mux, link.as_ref(), (monitor, &self.obstacle, &self.nudge), publish) => None,
             () = self.stop.cancelled() => {
                 end_session(&mux, driver.as_mut(), link.as_ref()).await;
                 Some(Ok(()))

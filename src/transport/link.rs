@@ -125,6 +125,8 @@ pub struct LinkState {
     pub replay_bytes: usize,
     /// Number of the newest attach.
     pub epoch: u64,
+    /// Whether the other side is known to have the link: see [`Core::is_confirmed`].
+    pub confirmed: bool,
     /// How long something that was sent on this carrier has waited while nothing at all was heard.
     pub unanswered_for: Option<Duration>,
 }
@@ -307,6 +309,7 @@ impl LinkControl {
             since: core.since().into(),
             replay_bytes: core.replay_bytes(),
             epoch: core.epoch(),
+            confirmed: core.is_confirmed(),
             unanswered_for: core.unanswered_since().map(|since| now.saturating_duration_since(since)),
         }
     }

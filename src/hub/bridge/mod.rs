@@ -9,7 +9,6 @@ mod relay;
 
 use std::{
     collections::HashMap,
-    convert::Infallible,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -56,6 +55,8 @@ const MOST_ABANDONED: Duration = Duration::from_secs(24 * 3600);
 /// How long a leg whose admission was withdrawn may take for its last frame: with its answer it still ends within the
 /// 5 s that a revocation may take (threats.md, row 21).
 const REVOKED_GOODBYE: Duration = Duration::from_secs(4);
+/// How often a daemon's leg that waits for the other one is looked after.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// What the survivor of a bridge is told, as the Azure gateway does (wire.md, section d).
 const DISCONNECTED: (u16, &str) = (1011, "WS disconnected");
 /// What both legs are told when the hub stops: come back later (wire.md, section j).
@@ -344,9 +345,54 @@ impl Life {
     async fn run(self, legs: mpsc::Receiver<ToBridge>, stop: watch::Receiver<Option<Stop>>, expires: Instant) {
         let _forget = Forget { bridges: self.bridges.clone(), sid: self.sid.clone() };
         let mut stop = stop;
-        match pair(legs, &mut stop, expires, &self.bridges.inner.pool).await {
+        match self.pair(legs, &mut stop, expires).await {
             Ok((service, device)) => self.relay(service, device, stop).await,
             Err((reason, waiting)) => self.abandon(reason, waiting).await,
+        }
+    }
+
+    /// Waits for both legs, in either order.
+    async fn pair(
+        &self,
+        mut legs: mpsc::Receiver<ToBridge>,
+        stop: &mut watch::Receiver<Option<Stop>>,
+        mut expires: Instant,
+    ) -> Result<(BoxedLeg, BoxedLeg), (Unpaired, Vec<BoxedLeg>)> {
+        let (mut service, mut device) = (None, None);
+        let reason = loop {
+            let alone = if service.is_some() { Side::Service } else { Side::Device };
+            tokio::select! {
+                message = legs.recv() => match message {
+                    Some(ToBridge::Leg(Side::Service, leg)) => service = Some(*leg),
+                    Some(ToBridge::Leg(Side::Device, leg)) => device = Some(*leg),
+                    Some(ToBridge::Expires(later)) => expires = later,
+                    None => break Unpaired::Withdrawn,
+                },
+                stop = stopped(stop) => break Unpaired::Stopped(stop),
+                () = sleep_until(expires) => break Unpaired::TooLate,
+                () = self.wait(service.as_mut().or(device.as_mut())) => break Unpaired::Left(alone),
+            }
+            match (service.take(), device.take()) {
+                (Some(service), Some(device)) => return Ok((service, device)),
+                (one, other) => (service, device) = (one, other),
+            }
+        };
+        Err((reason, service.into_iter().chain(device).collect()))
+    }
+
+    /// The life of a leg that is alone. What an SDK's program has sent is delivered even if it has left meanwhile; a
+    /// daemon that has left has given its hello up, so the bridge goes with it.
+    async fn wait(&self, alone: Option<&mut BoxedLeg>) {
+        let Some(leg) = alone else { return std::future::pending().await };
+        let pool = &self.bridges.inner.pool;
+        if !self.about.is_mux() {
+            match leg.wait(pool).await {}
+        }
+        while !leg.has_left() {
+            tokio::select! {
+                never = leg.wait(pool) => match never {},
+                () = sleep(LOOK_EVERY) => {}
+            }
         }
     }
 
@@ -400,16 +446,19 @@ impl Life {
 
     /// Not both legs came.
     async fn abandon(&self, reason: Unpaired, waiting: Vec<BoxedLeg>) {
-        let (label, (code, text)) = match reason {
-            Unpaired::Withdrawn => ("withdrawn", DISCONNECTED),
-            Unpaired::TooLate => ("handshake_timeout", TOO_LATE),
-            Unpaired::Stopped(stop) => (stop.label(), stop.close()),
+        let ended = waiting.first().and_then(Leg::ended);
+        let goodbye = |(code, text)| close(code, text);
+        let (label, goodbye) = match reason {
+            Unpaired::Withdrawn => ("withdrawn", goodbye(DISCONNECTED)),
+            Unpaired::TooLate => ("handshake_timeout", goodbye(TOO_LATE)),
+            Unpaired::Stopped(stop) => (stop.label(), goodbye(stop.close())),
+            Unpaired::Left(side) => (label(side, ended), last_frame(ended).1),
         };
         if reason != Unpaired::Withdrawn {
             self.log(label, Relayed::default());
         }
         for leg in waiting {
-            leg.dismiss(Goodbye { frame: close(code, text), patience: self.bridges.inner.stall }).await;
+            leg.dismiss(Goodbye { frame: goodbye.clone(), patience: self.bridges.inner.stall }).await;
         }
     }
 
@@ -429,43 +478,9 @@ enum Unpaired {
     Withdrawn,
     /// A leg did not come.
     TooLate,
+    /// The leg that had come has left.
+    Left(Side),
     Stopped(Stop),
-}
-
-/// Waits for both legs, in either order.
-async fn pair(
-    mut legs: mpsc::Receiver<ToBridge>,
-    stop: &mut watch::Receiver<Option<Stop>>,
-    mut expires: Instant,
-    pool: &BufferPool,
-) -> Result<(BoxedLeg, BoxedLeg), (Unpaired, Vec<BoxedLeg>)> {
-    let (mut service, mut device) = (None, None);
-    let reason = loop {
-        tokio::select! {
-            message = legs.recv() => match message {
-                Some(ToBridge::Leg(Side::Service, leg)) => service = Some(*leg),
-                Some(ToBridge::Leg(Side::Device, leg)) => device = Some(*leg),
-                Some(ToBridge::Expires(later)) => expires = later,
-                None => break Unpaired::Withdrawn,
-            },
-            stop = stopped(stop) => break Unpaired::Stopped(stop),
-            () = sleep_until(expires) => break Unpaired::TooLate,
-            never = wait(service.as_mut().or(device.as_mut()), pool) => match never {},
-        }
-        match (service.take(), device.take()) {
-            (Some(service), Some(device)) => return Ok((service, device)),
-            (one, other) => (service, device) = (one, other),
-        }
-    };
-    Err((reason, service.into_iter().chain(device).collect()))
-}
-
-/// The life of a leg that is alone. No end.
-async fn wait(alone: Option<&mut BoxedLeg>, pool: &BufferPool) -> Infallible {
-    match alone {
-        Some(leg) => leg.wait(pool).await,
-        None => std::future::pending().await,
-    }
 }
 
 async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {

@@ -470,6 +470,14 @@ impl Leg<Box<dyn LegIo>> {
         }
         self.owed
     }
+
+    /// True if it has ended while it was alone, even if there is more of it to read.
+    pub(super) fn has_left(&mut self) -> bool {
+        if self.ended.is_none() && self.io.is_gone() {
+            self.ended = Some(Ended::Lost(None));
+        }
+        self.ended.is_some()
+    }
 }
 
 impl<S> Leg<S> {

@@ -255,6 +255,42 @@ async fn a_leg_that_waits_in_vain_is_told() {
 }
 
 #[tokio::test]
+async fn a_daemons_leg_that_has_left_takes_its_bridge_with_it() {
+    let hub = TestHub::start().await;
+    let mut device = hub.device("pump").await;
+    let ended = |reason: &str| hub.metrics.bridges.with_label_values(&[reason]).get();
+    let (reply, asked) = hub.accepted(&mut device, "culvert-mux-1").await;
+    let mut early = hub.leg(&reply.url(), &reply.token()).await.unwrap();
+    send(&mut early, b"hello").await;
+    drop(early);
+    while ended("service_lost") == 0 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(hub.leg(&asked.url, &asked.auth).await.err(), Some(401), "nobody is there any more");
+
+    let (_, asked) = hub.accepted(&mut device, "culvert-mux-1").await;
+    let mut early = hub.leg(&asked.url, &asked.auth).await.unwrap();
+    early.close(None).await.unwrap();
+    assert!(matches!(early.next().await, Some(Ok(Message::Close(_)))), "the Close is answered");
+    while ended("device_closed") == 0 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    // What a program says before it leaves is delivered.
+    let (reply, asked) = hub.accepted(&mut device, "ssh").await;
+    let mut early = hub.leg(&reply.url(), &reply.token()).await.unwrap();
+    send(&mut early, b"hello").await;
+    early.close(None).await.unwrap();
+    drop(early);
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let mut late = hub.leg(&asked.url, &asked.auth).await.unwrap();
+    assert_eq!(next(&mut late).await.unwrap(), b"hello");
+    assert_eq!(closed(&mut late).await.0, 1000);
+    drop(late);
+    hub.stopped().await;
+}
+
+#[tokio::test]
 async fn revocation_ends_bridges_at_once() {
     let hub = TestHub::start().await;
     let mut device = hub.device("pump").await;

@@ -299,6 +299,8 @@ impl Core {
             if *left == 0 {
                 self.expect = Expect::head();
             }
+            // On a slow path a frame takes longer than silence may last.
+            self.heard_at = now;
             self.received += count as u64;
             self.advance_consumed(now, count as u64);
         }
@@ -382,6 +384,9 @@ impl Core {
         let fenced = fenced && self.fault != Some(super::Fault::NotFenced);
         if fenced {
             return Ok(());
+        }
+        if self.attached && !bytes.is_empty() {
+            self.heard_at = now;
         }
         while !bytes.is_empty() && self.attached && self.ended.is_none() {
             let used = self.take_input(now, bytes).inspect_err(|violation| {
@@ -484,6 +489,12 @@ impl Core {
         self.options.resume_for
     }
 
+    /// Whether the other side is known to have the link: a frame of it came, or it proved at a resume that it knows the
+    /// secret. The hello of a new link proves nothing: it may have been under way for longer than its sender waited.
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed || self.epoch > 1
+    }
+
     /// Since when something sent on this carrier waits while nothing at all is heard.
     pub fn unanswered_since(&self) -> Option<Instant> {
         self.window.waiting_since().map(|sent| sent.max(self.heard_at))
@@ -526,7 +537,6 @@ impl Core {
 
     fn handle_head(&mut self, now: Instant, head: &Head) -> Result<(), Violation> {
         self.confirmed = true;
-        self.heard_at = now;
         if head.consumed < self.peer_consumed {
             return Err(Violation::AckRewound);
         }
@@ -712,5 +722,36 @@ impl Core {
     fn grace(&self) -> Duration {
         let confirmed = self.options.resume_for;
         if self.confirmed { confirmed } else { confirmed.min(UNCONFIRMED_GRACE) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_that_takes_long_is_no_silence() {
+        let start = Instant::now();
+        let [mut here, mut there] = [(); 2].map(|()| Core::new(start, Options::default()));
+        here.attach(start, 1, Positions::default()).unwrap();
+        there.attach(start, 1, Positions::default()).unwrap();
+        there.write(&[7; MAX_PAYLOAD]);
+        let mut frame = BytesMut::new();
+        there.poll_transmit(start).unwrap().append_to(&mut frame);
+        here.write(b"x");
+        here.flush();
+        while here.poll_transmit(start).is_some() {}
+        for (second, bytes) in (1..).zip(frame.chunks(8_000)) {
+            let now = start + Duration::from_secs(second);
+            if second % 2 == 0 {
+                assert!(here.direct_room() >= bytes.len());
+                here.direct(now, bytes.len());
+            } else {
+                here.handle_input(now, 1, bytes).unwrap();
+                while let Read::Bytes(_) = here.read(now, &mut [0; 8_000]) {}
+            }
+            assert_eq!(here.unanswered_since(), Some(now));
+        }
+        assert_eq!(here.positions().consumed, MAX_PAYLOAD as u64);
     }
 }
