@@ -70,7 +70,7 @@ fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
 /// What clients will say of a hub's certificate. One that cannot be read by who asks is another matter.
 fn complain(config: &HubConfig) {
     let files = &config.tls;
-    let tls = ServerTls::load(files.certificate.path.clone(), files.private_key.path.clone());
+    let tls = ServerTls::load(&files.certificate.path, &files.private_key.path);
     if let Some(problem) = tls.ok().and_then(|tls| tls.complaint(&config.hostname)) {
         println!("{problem} (warning)");
     }

@@ -93,7 +93,7 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
     let given = args.certificate.as_deref().zip(args.private_key.as_deref());
     let given = given.map(|(certificate, key)| Ok((absolute(certificate)?, absolute(key)?))).transpose()?;
     if let Some((certificate, key)) = &given {
-        let tls = ServerTls::load(certificate.clone(), key.clone()).map_err(Failure::config)?;
+        let tls = ServerTls::load(certificate, key).map_err(Failure::config)?;
         if let Some(problem) = tls.complaint(&hostname) {
             eprintln!("{problem} (warning)");
         }
