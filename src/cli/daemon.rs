@@ -188,7 +188,9 @@ impl<C: Load + Changes + Sync> Life<C> {
                     self.poker.poke();
                 }
                 Event::Reloaded(reload) => {
-                    self.applier.apply(reload);
+                    if self.applier.apply(reload).is_err() {
+                        self.reloader.not_applied();
+                    }
                     // Also after a refused reload: what ran before runs on, and `systemctl reload` must return.
                     self.say_ready();
                 }
