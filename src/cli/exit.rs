@@ -51,6 +51,11 @@ impl Failure {
         Self { code: Code::Config, error: error.into() }
     }
 
+    /// The cause of that type, for whoever can do something about it.
+    pub(super) fn cause<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
+        self.error.downcast_ref()
+    }
+
     /// The code.
     pub fn code(&self) -> Code {
         self.code

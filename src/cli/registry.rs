@@ -7,7 +7,7 @@ use http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    api::{Api, segment},
+    api::{Api, Refusal, segment},
     args::{RegistryAction, RegistryArgs},
     exit::{Failure, Outcome},
 };
@@ -20,6 +20,8 @@ use crate::{
 const PAGE: usize = 1000;
 /// Bytes of a new key.
 const KEY_BYTES: usize = 32;
+/// How often a record that others keep changing is read again: they are people and scripts, not a flood.
+const MAX_TRIES: u32 = 5;
 /// Where a record keeps its keys.
 const KEYS: &str = "/authentication/symmetricKey";
 
@@ -122,7 +124,7 @@ async fn show(api: &Api, identity: &Identity, connection_string: bool) -> Outcom
 
 async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
     let mut record = api.call(Method::GET, &path(identity), None, None).await?;
-    let etag = record["etag"].as_str().map(|etag| format!("\"{}\"", etag.trim_matches('"')));
+    let etag = etag(&record);
     let Some(keys) = record.pointer_mut(KEYS).filter(|keys| keys["primaryKey"].is_string()) else {
         let error = anyhow::anyhow!("{identity} proves itself by certificate; it has no key to rotate");
         return Err(Failure::usage(error));
@@ -135,12 +137,33 @@ async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
 }
 
 async fn set_status(api: &Api, identity: &Identity, status: &str, reason: Option<&str>) -> Outcome {
-    let mut record = api.call(Method::GET, &path(identity), None, None).await?;
-    record["status"] = json!(status);
-    record["statusReason"] = json!(reason);
-    api.call(Method::PUT, &path(identity), Some(&record), Some("*")).await?;
+    unless_stale(async || {
+        let mut record = api.call(Method::GET, &path(identity), None, None).await?;
+        // The record holds the keys: over a newer one it would bring back those of before a rotation.
+        let etag = etag(&record);
+        record["status"] = json!(status);
+        record["statusReason"] = json!(reason);
+        api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await
+    })
+    .await?;
     println!("{identity} is {status}");
     Ok(())
+}
+
+/// The record's version, as a header names it.
+fn etag(record: &Value) -> Option<String> {
+    record["etag"].as_str().map(|etag| format!("\"{}\"", etag.trim_matches('"')))
+}
+
+/// Changes a record, and again if somebody else did in the meantime.
+async fn unless_stale<T>(mut change: impl AsyncFnMut() -> Outcome<T>) -> Outcome<T> {
+    for _ in 1..MAX_TRIES {
+        match change().await {
+            Err(failure) if failure.cause().is_some_and(Refusal::is_stale) => {}
+            done => return done,
+        }
+    }
+    change().await
 }
 
 fn random_key() -> Outcome<String> {
@@ -180,6 +203,31 @@ mod tests {
     #[test]
     fn a_module_lies_below_its_device_and_both_are_encoded() {
         assert_eq!(path(&"pump:17/a%b".parse().unwrap()), "/devices/pump%3A17/modules/a%25b");
+    }
+
+    #[tokio::test]
+    async fn a_record_that_somebody_else_changed_is_read_again_but_not_for_ever() {
+        let stale = || Failure::unavailable(Refusal::of(http::StatusCode::PRECONDITION_FAILED));
+        let mut tries = 0;
+        let changed = unless_stale(async || {
+            tries += 1;
+            if tries < 3 { Err(stale()) } else { Ok(tries) }
+        });
+        assert_eq!(changed.await.unwrap(), 3);
+        let mut tries = 0;
+        let given_up = unless_stale(async || {
+            tries += 1;
+            Err::<(), _>(stale())
+        });
+        assert!(given_up.await.unwrap_err().cause().is_some_and(Refusal::is_stale));
+        assert_eq!(tries, MAX_TRIES);
+        let mut tries = 0;
+        let gone = unless_stale(async || {
+            tries += 1;
+            Err::<(), _>(Failure::unavailable(Refusal::of(http::StatusCode::NOT_FOUND)))
+        });
+        assert!(gone.await.is_err());
+        assert_eq!(tries, 1);
     }
 
     #[test]
