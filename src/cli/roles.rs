@@ -16,11 +16,14 @@ use super::{
     exit::{Failure, Outcome},
 };
 use crate::{
-    agent::control_socket::{ControlHandler, Reply, Request},
+    agent::{
+        InstanceError,
+        control_socket::{ControlHandler, Reply, Request},
+    },
     config::{DeviceConfig, HubConfig, ServiceConfig},
-    device::{Device, DeviceHandle},
+    device::{BindError as DeviceError, Device, DeviceHandle},
     hub::{Hub, HubHandle, metrics::HubMetrics},
-    service::{Service, ServiceHandle},
+    service::{BindError as ServiceError, Service, ServiceHandle},
     telemetry::{ForwardHealth, Health},
 };
 
@@ -102,7 +105,11 @@ impl Daemon for Device {
     }
 
     async fn bind(config: DeviceConfig, registry: &Registry) -> Outcome<Self> {
-        Self::bind(config, registry).await.map_err(Failure::config)
+        Self::bind(config, registry).await.map_err(|error| match error {
+            DeviceError::Instance(InstanceError::Io { .. }) => Failure::unavailable(error),
+            DeviceError::Metrics(_) => Failure::software(error),
+            DeviceError::Hub(_) | DeviceError::Instance(InstanceError::Content { .. }) => Failure::config(error),
+        })
     }
 
     fn handle(&self) -> Arc<dyn Running<DeviceConfig>> {
@@ -131,7 +138,11 @@ impl Daemon for Service {
     }
 
     async fn bind(config: ServiceConfig, registry: &Registry) -> Outcome<Self> {
-        Self::bind(config, registry).await.map_err(Failure::config)
+        Self::bind(config, registry).await.map_err(|error| match error {
+            ServiceError::Instance(InstanceError::Io { .. }) => Failure::unavailable(error),
+            ServiceError::Metrics(_) => Failure::software(error),
+            ServiceError::Hub(_) | ServiceError::Instance(InstanceError::Content { .. }) => Failure::config(error),
+        })
     }
 
     fn handle(&self) -> Arc<dyn Running<ServiceConfig>> {
