@@ -29,7 +29,9 @@ use crate::{
     agent::control_socket::ControlHandler,
     config::{Changes, Environment, Load, Loaded, LogConfig, LogFormat, MetricsConfig, Reload, Reloader, watch::Poker},
     telemetry::{
-        DaemonMetrics, Health, LogHandle, LogOptions, log, metrics,
+        DaemonMetrics, Health, LogHandle, LogOptions,
+        log::{self, LogError},
+        metrics,
         systemd::{self, Beat, Loops},
     },
 };
@@ -74,7 +76,11 @@ pub(super) struct Settings<'a> {
 pub(super) fn run<D: Daemon>(config: Option<&Path>) -> Outcome {
     let file = places::config_file(config, D::ROLE);
     let loaded = D::Config::load(&file, &Environment::of_process()).map_err(Failure::config)?;
-    let log = log::init(&log_options(D::settings(&loaded.config).log)).map_err(Failure::config)?;
+    let log = log::init(&log_options(D::settings(&loaded.config).log)).map_err(|error| match error {
+        // The file is right; the journal may be there at the next try.
+        LogError::Journal(_) => Failure::unavailable(error),
+        LogError::Level(_) | LogError::Running => Failure::config(error),
+    })?;
     metrics::count_panics();
     run_to_end(async { start::<D>(&file, loaded, log).await?.run().await })
 }
