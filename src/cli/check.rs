@@ -13,10 +13,11 @@ use anyhow::anyhow;
 use super::{
     args::{CheckArgs, Role},
     exit::{Failure, Outcome},
+    places,
 };
 use crate::{
     agent::control_socket::{Answer, Request, call},
-    config::{HubConfig, LoadError, Loaded, Problem, load_device, load_hub, load_service},
+    config::{DeviceConfig, HubConfig, Load as _, LoadError, Loaded, Problem, ServiceConfig},
     transport::tls::ServerTls,
 };
 
@@ -56,14 +57,15 @@ fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
     fn checked<T>(loaded: Loaded<T>, socket: impl FnOnce(T) -> Option<PathBuf>) -> Checked {
         Checked { warnings: loaded.warnings, socket: socket(loaded.config) }
     }
+    let environment = places::environment(file);
     Ok(match role {
         Role::Hub => {
-            let loaded = load_hub(file)?;
+            let loaded = HubConfig::load(file, &environment)?;
             complain(&loaded.config);
             checked(loaded, |config| config.control_socket)
         }
-        Role::Device => checked(load_device(file)?, |config| config.control_socket),
-        Role::Service => checked(load_service(file)?, |config| config.control_socket),
+        Role::Device => checked(DeviceConfig::load(file, &environment)?, |config| config.control_socket),
+        Role::Service => checked(ServiceConfig::load(file, &environment)?, |config| config.control_socket),
     })
 }
 
@@ -114,11 +116,14 @@ fn main_file(given: &Path) -> PathBuf {
     folder.map_or_else(|| given.into(), |folder| folder.with_file_name(main))
 }
 
-/// By the file's name, else by a key that only one role has.
+/// By a word of the file's name, else by a key that only one role has.
 fn role_of(file: &Path) -> Option<Role> {
     let stem = file.file_stem()?.to_str()?;
-    let roles = [Role::Hub, Role::Device, Role::Service];
-    if let Some(role) = roles.into_iter().find(|role| stem.contains(role.name())) {
+    let is_named = |role: &Role| {
+        stem.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word.eq_ignore_ascii_case(role.name()))
+    };
+    let named: Vec<Role> = [Role::Hub, Role::Device, Role::Service].into_iter().filter(is_named).collect();
+    if let [role] = named[..] {
         return Some(role);
     }
     let table: toml::Table = fs::read_to_string(file).ok()?.parse().ok()?;
@@ -136,6 +141,8 @@ mod tests {
     fn files_tell_whose_they_are() {
         assert_eq!(role_of(Path::new("/etc/culvert/hub.toml")), Some(Role::Hub));
         assert_eq!(role_of(Path::new("my-device.toml")), Some(Role::Device));
+        assert_eq!(role_of(Path::new("github-device.toml")), Some(Role::Device));
+        assert_eq!(role_of(Path::new("hub-device.toml")), None, "its keys tell");
         assert_eq!(main_file(Path::new("/etc/culvert/forwards.d/a.toml")), Path::new("/etc/culvert/service.toml"));
         assert_eq!(main_file(Path::new("targets.d/a.toml")), Path::new("device.toml"));
         assert_eq!(main_file(Path::new("x.toml")), Path::new("x.toml"));

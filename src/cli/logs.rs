@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     base::Utc,
-    config::{Environment, ResourceLogConfig, load_hub},
+    config::{HubConfig, Load as _, ResourceLogConfig},
 };
 
 /// Rotated files beside the current one that are looked for: more than any sensible `keep`.
@@ -53,11 +53,13 @@ fn file(args: &LogsArgs) -> Outcome<PathBuf> {
     if let Some(file) = &args.file {
         return Ok(file.clone());
     }
-    match load_hub(&places::config_file(args.config.as_deref(), Role::Hub)) {
+    let config = places::config_file(args.config.as_deref(), Role::Hub);
+    let environment = places::environment(&config);
+    match HubConfig::load(&config, &environment) {
         Ok(loaded) => Ok(loaded.config.resource_log.file),
         Err(problems) if args.config.is_some() => Err(Failure::config(problems)),
         // The configuration may be unreadable for people who may read the log.
-        Err(_) => Ok(ResourceLogConfig::in_folder(&Environment::of_process().state_dir(Role::Hub.name())).file),
+        Err(_) => Ok(ResourceLogConfig::in_folder(&environment.state_dir(Role::Hub.name())).file),
     }
 }
 
