@@ -23,9 +23,6 @@ use crate::{
     config::{HubConfig, Load as _, ResourceLogConfig},
 };
 
-/// Rotated files beside the current one that are looked for: more than any sensible `keep`.
-const MAX_ROTATED: u32 = 1000;
-
 /// Runs the command.
 pub(super) fn run(args: &LogsArgs) -> Outcome {
     let file = file(args)?;
@@ -33,8 +30,10 @@ pub(super) fn run(args: &LogsArgs) -> Outcome {
         device: args.device.as_ref().map(|device| device.as_str().to_owned()),
         since: args.since.map(|span| SystemTime::now().checked_sub(span.0).unwrap_or(SystemTime::UNIX_EPOCH)),
     };
-    let mut files: Vec<PathBuf> =
-        (1..=MAX_ROTATED).map(|number| rotated(&file, number)).take_while(|older| older.exists()).collect();
+    let mut files: Vec<PathBuf> = (1..=ResourceLogConfig::MAX_KEEP)
+        .map(|number| rotated(&file, number))
+        .take_while(|older| older.exists())
+        .collect();
     files.reverse();
     files.push(file);
     match print(&files, &filter, args.json, &mut io::stdout().lock()) {
