@@ -70,6 +70,8 @@ pub(super) struct Settings<'a> {
     pub(super) log: &'a LogConfig,
     pub(super) control_socket: Option<&'a Path>,
     pub(super) state_dir: &'a Path,
+    /// How long connections may take to end by themselves when the daemon stops, beyond a few seconds.
+    pub(super) drain: Duration,
 }
 
 /// Runs a daemon until a signal ends it.
@@ -234,7 +236,7 @@ impl<C: Load + Changes + Sync> Life<C> {
 
     /// The role drains by its own deadlines; a second signal is for people who cannot wait.
     async fn stop(mut self) -> Outcome {
-        systemd::stopping();
+        systemd::stopping(self.applier.drain());
         tracing::info!("stopping; once more to stop at once");
         self.shutdown.cancel();
         loop {

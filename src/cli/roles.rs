@@ -3,7 +3,7 @@
 //! Owns the fit between a role's own interface and what [`super::daemon`] asks. Does not know what a role does.
 //! Invariant: nothing here decides; each method is one call.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use prometheus::Registry;
@@ -28,12 +28,13 @@ use crate::{
 };
 
 macro_rules! settings {
-    ($config:ident) => {
+    ($config:ident, $drain:expr) => {
         Settings {
             metrics: &$config.metrics,
             log: &$config.log,
             control_socket: $config.control_socket.as_deref(),
             state_dir: &$config.state_dir,
+            drain: $drain,
         }
     };
 }
@@ -43,7 +44,7 @@ impl Daemon for Hub {
     const ROLE: Role = Role::Hub;
 
     fn settings(config: &HubConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, config.limits.drain_timeout)
     }
 
     async fn bind(config: HubConfig, registry: &Registry) -> Outcome<Self> {
@@ -101,7 +102,7 @@ impl Daemon for Device {
     const ROLE: Role = Role::Device;
 
     fn settings(config: &DeviceConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, Duration::ZERO)
     }
 
     async fn bind(config: DeviceConfig, registry: &Registry) -> Outcome<Self> {
@@ -134,7 +135,7 @@ impl Daemon for Service {
     const ROLE: Role = Role::Service;
 
     fn settings(config: &ServiceConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, Duration::ZERO)
     }
 
     async fn bind(config: ServiceConfig, registry: &Registry) -> Outcome<Self> {

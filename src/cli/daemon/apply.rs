@@ -3,7 +3,10 @@
 //! Owns the configuration in force. Does not know how the files were read or how a role takes it.
 //! Invariant: what is in force was valid as a whole; a refused file changes one log line and one metric.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use super::{Daemon, Running, Settings};
 use crate::{
@@ -95,6 +98,11 @@ impl<C: Changes + Clone> Applier<C> {
             tracing::error!("{problem}");
         }
         tracing::error!("the configuration is refused; the daemon goes on with the last good one");
+    }
+
+    /// How long a stop may take by the configuration in force.
+    pub(super) fn drain(&self) -> Duration {
+        (self.settings)(&self.current()).drain
     }
 
     fn current(&self) -> C {
