@@ -13,7 +13,7 @@ use anyhow::anyhow;
 use super::{
     args::{CheckArgs, Role},
     exit::{Failure, Outcome},
-    places,
+    places, say,
 };
 use crate::{
     agent::control_socket::{Answer, Request, call},
@@ -27,7 +27,7 @@ pub(super) async fn run(args: &CheckArgs) -> Outcome {
     let mut broken: Option<LoadError> = None;
     for (file, role) in files {
         match check(&file, role) {
-            Ok(checked) => report(&file, role, checked).await,
+            Ok(checked) => report(&file, role, checked).await?,
             Err(error) => match &mut broken {
                 None => broken = Some(error),
                 Some(all) => all.problems.extend(error.problems),
@@ -49,20 +49,22 @@ fn with_role(given: &Path, role: Option<Role>) -> Outcome<(PathBuf, Role)> {
 }
 
 struct Checked {
+    /// About a certificate.
+    complaint: Option<String>,
     warnings: Vec<Problem>,
     socket: Option<PathBuf>,
 }
 
 fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
     fn checked<T>(loaded: Loaded<T>, socket: impl FnOnce(T) -> Option<PathBuf>) -> Checked {
-        Checked { warnings: loaded.warnings, socket: socket(loaded.config) }
+        Checked { complaint: None, warnings: loaded.warnings, socket: socket(loaded.config) }
     }
     let environment = places::environment(file);
     Ok(match role {
         Role::Hub => {
             let loaded = HubConfig::load(file, &environment)?;
-            complain(&loaded.config);
-            checked(loaded, |config| config.control_socket)
+            let complaint = complaint(&loaded.config);
+            Checked { complaint, ..checked(loaded, |config| config.control_socket) }
         }
         Role::Device => checked(DeviceConfig::load(file, &environment)?, |config| config.control_socket),
         Role::Service => checked(ServiceConfig::load(file, &environment)?, |config| config.control_socket),
@@ -70,39 +72,40 @@ fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
 }
 
 /// What clients will say of a hub's certificate. One that cannot be read by who asks is another matter.
-fn complain(config: &HubConfig) {
+fn complaint(config: &HubConfig) -> Option<String> {
     let files = &config.tls;
     let tls = ServerTls::load(&files.certificate.path, &files.private_key.path);
-    if let Some(problem) = tls.ok().and_then(|tls| tls.complaint(&config.hostname)) {
-        println!("{problem} (warning)");
-    }
+    tls.ok()?.complaint(&config.hostname)
 }
 
-async fn report(file: &Path, role: Role, checked: Checked) {
-    for warning in &checked.warnings {
-        println!("{warning} (warning)");
+async fn report(file: &Path, role: Role, checked: Checked) -> Outcome {
+    let warnings = checked.warnings.iter().map(ToString::to_string);
+    for warning in checked.complaint.into_iter().chain(warnings) {
+        say::line(format_args!("{warning} (warning)"))?;
     }
-    println!("{}: good, for the {}", file.display(), role.name());
-    let Some(socket) = checked.socket else { return };
+    say::line(format_args!("{}: good, for the {}", file.display(), role.name()))?;
+    let Some(socket) = checked.socket else { return Ok(()) };
     // A daemon that cannot be asked is no fault of the file.
-    if let Ok(Answer::Json(plan)) = call(&socket, &Request::Plan).await {
-        print_plan(file, &plan);
+    match call(&socket, &Request::Plan).await {
+        Ok(Answer::Json(plan)) => print_plan(file, &plan),
+        _ => Ok(()),
     }
 }
 
 /// The plan is that of the daemon's own file; it says nothing about another.
-fn print_plan(file: &Path, plan: &serde_json::Value) {
+fn print_plan(file: &Path, plan: &serde_json::Value) -> Outcome {
     let daemons = plan["config"].as_str().map(Path::new).and_then(|path| fs::canonicalize(path).ok());
     if daemons.is_none() || daemons != fs::canonicalize(file).ok() {
-        return;
+        return Ok(());
     }
     let changes = plan["changes"].as_array().map(Vec::as_slice).unwrap_or_default();
     if changes.is_empty() {
-        println!("    the running daemon has just this configuration");
+        say::line("    the running daemon has just this configuration")?;
     }
     for change in changes.iter().filter_map(serde_json::Value::as_str) {
-        println!("    a reload: {change}");
+        say::line(format_args!("    a reload: {change}"))?;
     }
+    Ok(())
 }
 
 /// `forwards.d/x.toml` is part of the `service.toml` beside its folder.

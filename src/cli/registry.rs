@@ -10,6 +10,7 @@ use super::{
     api::{Api, Refusal, segment},
     args::{RegistryAction, RegistryArgs},
     exit::{Failure, Outcome},
+    say,
 };
 use crate::{
     auth::{ConnectionString, Credential, Owner, key},
@@ -37,8 +38,7 @@ pub(super) async fn run(args: &RegistryArgs) -> Outcome {
         RegistryAction::Show { device, connection_string } => show(&api, device, *connection_string).await,
         RegistryAction::Remove { device } => {
             api.call(Method::DELETE, &path(device), None, Some("*")).await?;
-            println!("{device} is removed");
-            Ok(())
+            say::line(format_args!("{device} is removed"))
         }
         RegistryAction::Rotate { device, both } => rotate(&api, device, *both).await,
         RegistryAction::Enable { device } => set_status(&api, device, "enabled", None).await,
@@ -65,8 +65,8 @@ fn proof(thumbprint: Option<&str>, secondary: Option<&str>, ca_signed: bool) -> 
 }
 
 async fn add(api: &Api, identity: &Identity, proof: Option<Value>) -> Outcome {
-    print_secret(&register(api, identity, proof).await?);
-    Ok(())
+    let string = register(api, identity, proof).await?;
+    say::once(exposed(&string), || told_again("is registered", identity))
 }
 
 /// Registers an identity and yields what its configuration needs.
@@ -95,14 +95,15 @@ async fn list(api: &Api, modules_of: Option<&DeviceId>, as_json: bool) -> Outcom
     }
     let records = found.as_array().map(Vec::as_slice).unwrap_or_default();
     let width = records.iter().map(|record| name(record).len()).max().unwrap_or(0).max("DEVICE".len());
-    println!("{:width$}  {:8}  {:12}  PROVES ITSELF BY", "DEVICE", "STATUS", "CONNECTION");
+    say::line(format_args!("{:width$}  {:8}  {:12}  PROVES ITSELF BY", "DEVICE", "STATUS", "CONNECTION"))?;
     for record in records {
         let text = |key: &str| record[key].as_str().unwrap_or("-").to_owned();
         let proof = record["authentication"]["type"].as_str().unwrap_or("-");
-        println!("{:width$}  {:8}  {:12}  {proof}", name(record), text("status"), text("connectionState"));
+        let (status, connection) = (text("status"), text("connectionState"));
+        say::line(format_args!("{:width$}  {status:8}  {connection:12}  {proof}", name(record)))?;
     }
     if modules_of.is_none() && records.len() == PAGE {
-        eprintln!("culvert: only the first {PAGE} devices are shown");
+        say::aside(format_args!("culvert: only the first {PAGE} devices are shown"));
     }
     Ok(())
 }
@@ -115,8 +116,7 @@ fn name(record: &Value) -> String {
 async fn show(api: &Api, identity: &Identity, connection_string: bool) -> Outcome {
     let mut record = api.call(Method::GET, &path(identity), None, None).await?;
     if connection_string {
-        print_secret(&self::connection_string(api, identity, &record)?);
-        return Ok(());
+        return say::line(exposed(&self::connection_string(api, identity, &record)?));
     }
     hide_keys(&mut record);
     print_json(&record)
@@ -132,8 +132,7 @@ async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
     let secondary = if both { json!(random_key()?) } else { keys["primaryKey"].take() };
     *keys = json!({ "primaryKey": random_key()?, "secondaryKey": secondary });
     let record = api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await?;
-    print_secret(&connection_string(api, identity, &record)?);
-    Ok(())
+    say::once(exposed(&connection_string(api, identity, &record)?), || told_again("has a new key", identity))
 }
 
 async fn set_status(api: &Api, identity: &Identity, status: &str, reason: Option<&str>) -> Outcome {
@@ -146,8 +145,7 @@ async fn set_status(api: &Api, identity: &Identity, status: &str, reason: Option
         api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await
     })
     .await?;
-    println!("{identity} is {status}");
-    Ok(())
+    say::line(format_args!("{identity} is {status}"))
 }
 
 /// The record's version, as a header names it.
@@ -181,8 +179,14 @@ fn connection_string(api: &Api, identity: &Identity, record: &Value) -> Outcome<
     Ok(ConnectionString { owner: Owner::Device(identity.clone()), credential, ..api.hub().clone() })
 }
 
-fn print_secret(string: &ConnectionString) {
-    println!("{}", string.expose().expose_str().unwrap_or_default());
+fn exposed(string: &ConnectionString) -> String {
+    string.expose().expose_str().unwrap_or_default().to_owned()
+}
+
+/// For a connection string that could not be written, although the hub has changed.
+fn told_again(happened: &str, identity: &Identity) -> String {
+    let again = format!("culvert registry show {identity} --connection-string");
+    format!("{identity} {happened}, but its connection string could not be written; `{again}` tells it")
 }
 
 fn hide_keys(record: &mut Value) {
@@ -192,8 +196,7 @@ fn hide_keys(record: &mut Value) {
 }
 
 fn print_json(value: &Value) -> Outcome {
-    println!("{}", serde_json::to_string_pretty(value).map_err(Failure::software)?);
-    Ok(())
+    say::line(serde_json::to_string_pretty(value).map_err(Failure::software)?)
 }
 
 #[cfg(test)]
