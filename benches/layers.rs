@@ -220,7 +220,7 @@ async fn tls_pair() -> anyhow::Result<(impl AsyncRead + AsyncWrite + Unpin, impl
     let (certificate, key) = (folder.0.join("leaf.pem"), folder.0.join("leaf.key"));
     std::fs::write(&certificate, made.cert.pem())?;
     std::fs::write(&key, made.signing_key.serialize_pem())?;
-    let server = ServerTls::load(certificate, key)?.acceptor(Alpn::Http)?;
+    let server = ServerTls::load(&certificate, &key)?.acceptor(Alpn::Http)?;
     let client = ClientTls::new(&Trust::Pem(made.cert.pem().into()), None)?;
     let (near, far) = tcp().await?;
     let connect = async { Ok(client.connect(HOST, near).await?) };

@@ -74,6 +74,117 @@ fn exit_codes_tell_whose_fault_it_is() {
     assert!(!said.contains("MDEyMzQ1"), "a key is told: {said}");
 }
 
+#[test]
+fn a_new_hub_gets_only_names_that_it_can_be_called_by() {
+    let folder = Folder::new("names");
+    let dir = folder.file("hub");
+    let init = |words: &[&str]| code_and_words(&culvert(&[&["hub", "init", "--dir", &dir], words].concat()));
+    for (words, said) in [
+        (["--hostname", "1.2.3"].as_slice(), "\"1.2.3\" is not a host name"),
+        (&["--hostname", "hub.test", "--also", "bad name"], "--also \"bad name\""),
+        (&["--hostname", "hub.test", "--also", "ünï"], "--also \"ünï\""),
+        (&["--hostname", "hub.test", "--also", "[::1]"], "--also \"[::1]\""),
+        (&["--renew", "--also", "hub.test"], "--also"),
+        (&["--renew", "--listen", "127.0.0.1:1"], "--listen"),
+    ] {
+        let (code, words) = init(words);
+        assert_eq!(code, 64, "{words}");
+        assert!(words.contains(said), "{words}");
+        assert!(!Path::new(&dir).exists(), "{words}");
+    }
+    let names = ["--hostname", "hub.test", "--also", "::1", "--also", "*.hub.test", "--also", "my_hub"];
+    assert_eq!(init(&names), (0, String::new()));
+}
+
+#[test]
+fn what_cannot_be_written_is_a_failure_and_no_panic() {
+    let folder = Folder::new("say");
+    let made = culvert(&["hub", "init", "--hostname", "hub.test", "--dir", &folder.file("hub")]);
+    assert!(made.status.success());
+    let file = folder.file("hub/hub.toml");
+    let check = |stdout: Stdio, stderr: Stdio| {
+        let mut check = Command::new(PROGRAM);
+        check.args(["check", &file]).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        check.spawn().unwrap().wait().unwrap().code()
+    };
+    let full = || Stdio::from(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let closed = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    assert_eq!(check(closed(), Stdio::null()), Some(0), "as with `| head`");
+    assert_eq!(check(full(), Stdio::null()), Some(69));
+    assert_eq!(check(full(), closed()), Some(69));
+    // A connection string is told once.
+    let mut init = Command::new(PROGRAM);
+    init.args(["hub", "init", "--hostname", "hub.test", "--dir", &folder.file("other")]).stdout(full());
+    let (code, said) = code_and_words(&init.output().unwrap());
+    assert!(code == 69 && said.contains("the service connection string could not be written"), "{code}: {said}");
+}
+
+#[test]
+fn a_state_that_cannot_be_kept_is_no_mistake_in_the_file() {
+    let folder = Folder::new("state");
+    let key = "HostName=127.0.0.1:1;DeviceId=d;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+    fs::write(folder.0.join("device.connection"), key).unwrap();
+    let config = |more: &str| {
+        let connection = folder.file("device.connection");
+        let (state, socket) = (folder.file("state"), folder.file("device.sock"));
+        let text =
+            format!("connection_string_file = {connection:?}\nstate_dir = {state:?}\ncontrol_socket = {socket:?}\n");
+        fs::write(folder.0.join("device.toml"), format!("{text}[metrics]\nlisten = \"off\"\n{more}")).unwrap();
+        folder.file("device.toml")
+    };
+    // The instance ID's file cannot be read: a folder has its name.
+    fs::create_dir_all(folder.0.join("state/instance-id")).unwrap();
+    let (code, said) = code_and_words(&culvert(&["device", "--config", &config("")]));
+    assert_eq!(code, 69, "{said}");
+    // Nor can the journal be reached, where there is none.
+    if !Path::new("/run/systemd/journal/socket").exists() {
+        let (code, said) = code_and_words(&culvert(&["device", "--config", &config("[log]\nformat = \"journald\"\n")]));
+        assert_eq!(code, 69, "{said}");
+        assert!(said.contains("the journal cannot be reached"), "{said}");
+    }
+}
+
+/// As in a container or on a machine with a service daemon of somebody else's.
+#[test]
+fn a_socket_of_others_does_not_keep_connect_from_going_another_way() {
+    use std::os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        process::CommandExt as _,
+    };
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("not root: nobody else to be");
+        return;
+    }
+    let folder = Folder::new("others");
+    // The program must be somewhere where that other user may go.
+    fs::copy(PROGRAM, folder.0.join("culvert")).unwrap();
+    fs::create_dir_all(folder.0.join("run/culvert")).unwrap();
+    fs::set_permissions(folder.0.join("run/culvert"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::create_dir_all(folder.0.join("config/culvert")).unwrap();
+    let connect = || {
+        let mut connect = Command::new(folder.0.join("culvert"));
+        connect.args(["connect", "d", "t"]).stdin(Stdio::null()).uid(65534).gid(65534);
+        connect.env("HOME", &folder.0).env("XDG_RUNTIME_DIR", folder.0.join("run"));
+        code_and_words(&connect.env("XDG_CONFIG_HOME", folder.0.join("config")).output().unwrap())
+    };
+    let file = folder.0.join("config/culvert/service.toml");
+    // Nothing else can be tried: the socket is what the user should hear of.
+    fs::write(&file, "connection_string_file = \"absent\"\n").unwrap();
+    let (code, said) = connect();
+    assert!(code == 69 && said.contains("may be used only by its owner and group"), "{code}: {said}");
+    // Its own way fails, too, but it was gone, as far as the certificates.
+    fs::write(file.with_file_name("ca.pem"), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    let key = "HostName=127.0.0.1:1;SharedAccessKeyName=service;SharedAccessKey=MDEyMzQ1Njc4OWFiY2RlZg==";
+    fs::write(file.with_file_name("service.connection"), key).unwrap();
+    fs::write(&file, "connection_string_file = \"service.connection\"\nca_file = \"ca.pem\"\n").unwrap();
+    let (code, said) = connect();
+    assert!(code != 0 && !said.contains("may be used only"), "{code}: {said}");
+}
+
 /// A hub as systemd would start it, and what it tells systemd.
 struct Notified {
     hub: Child,

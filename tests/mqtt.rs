@@ -51,7 +51,7 @@ impl World {
             let spec = DeviceSpec { identity, enabled: true, status_reason: None, authentication };
             registry.put(spec, Precondition::Absent).await.unwrap();
         }
-        let tls = ServerTls::load(folder.join("hub.pem"), folder.join("hub.key")).unwrap();
+        let tls = ServerTls::load(&folder.join("hub.pem"), &folder.join("hub.key")).unwrap();
         let config = HubConfig::new(HOST, certificate_of_hub(&folder), &folder);
         let hub = Arc::new(HubShared::new(config, registry, HubMetrics::default(), Default::default()));
         let listener = MqttListener::bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();

@@ -95,6 +95,11 @@ pub enum BindError {
     /// Something that is not a socket has its name.
     #[error("{} exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
+    /// It is another user's, and whether a daemon answers on it cannot be asked.
+    #[error(
+        "the control socket {} belongs to another user; remove it, if no daemon of that user's is running", .0.display()
+    )]
+    Foreign(PathBuf),
     /// The file cannot be made.
     #[error("the control socket {} cannot be opened", path.display())]
     Io {
@@ -219,6 +224,7 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(|source| BindError::Io { path: path.into(), source })
         }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(BindError::Foreign(path.into())),
         _ => Err(BindError::InUse(path.into())),
     }
 }

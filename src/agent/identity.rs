@@ -37,14 +37,20 @@ pub enum InstanceError {
 pub fn load_instance(state_dir: &Path) -> Result<InstanceId, InstanceError> {
     let path = state_dir.join(FILE);
     let io_error = |source| InstanceError::Io { path: path.clone(), source };
+    let new_id = || {
+        let id = random_bytes::<16>();
+        fs::create_dir_all(state_dir).map_err(io_error)?;
+        write_new(&path, &hex(&id)).map_err(io_error)?;
+        Ok(InstanceId(id))
+    };
     match fs::read_to_string(&path) {
-        Ok(text) => parse_hex(text.trim()).map(InstanceId).ok_or_else(|| InstanceError::Content { path: path.clone() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let id = random_bytes::<16>();
-            fs::create_dir_all(state_dir).map_err(io_error)?;
-            write_new(&path, &hex(&id)).map_err(io_error)?;
-            Ok(InstanceId(id))
+        // A machine that lost its power may leave that, and nothing is lost with it but links that are gone already.
+        Ok(text) if text.trim_matches('\0').trim().is_empty() => {
+            tracing::warn!(path = %path.display(), "the instance ID's file is empty, as after a crash; a new ID is made");
+            new_id()
         }
+        Ok(text) => parse_hex(text.trim()).map(InstanceId).ok_or_else(|| InstanceError::Content { path: path.clone() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => new_id(),
         Err(error) => Err(io_error(error)),
     }
 }
@@ -57,10 +63,18 @@ pub fn new_boot() -> BootId {
 /// Written beside and renamed, so that a crash leaves no half of an ID.
 fn write_new(path: &Path, text: &str) -> io::Result<()> {
     let draft = path.with_extension("new");
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+    let written = write_draft(&draft, text).and_then(|()| fs::rename(&draft, path));
+    if written.is_err() {
+        // A full disk gets nothing better from half a draft.
+        let _ = fs::remove_file(&draft);
+    }
+    written
+}
+
+fn write_draft(draft: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
     io::Write::write_all(&mut file, format!("{text}\n").as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&draft, path)
+    file.sync_all()
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -89,6 +103,23 @@ mod tests {
         assert_eq!(load_instance(&folder).unwrap(), first);
         fs::write(folder.join(FILE), "not an ID").unwrap();
         assert!(matches!(load_instance(&folder), Err(InstanceError::Content { .. })));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_empty_file_is_replaced_and_a_failure_leaves_no_draft() {
+        let folder = std::env::temp_dir().join(format!("culvert-instance-{}", super::super::random_u64()));
+        fs::create_dir_all(&folder).unwrap();
+        for empty in ["", "\n", "\0\0\0\0"] {
+            fs::write(folder.join(FILE), empty).unwrap();
+            let made = load_instance(&folder).unwrap();
+            assert_eq!(load_instance(&folder).unwrap(), made);
+        }
+        // A folder has the name, so that the draft cannot be renamed.
+        fs::remove_file(folder.join(FILE)).unwrap();
+        fs::create_dir(folder.join(FILE)).unwrap();
+        assert!(write_new(&folder.join(FILE), "x").is_err());
+        assert!(!folder.join("instance-id.new").exists());
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -36,6 +36,27 @@ const TOKEN_SECONDS: u64 = 900;
 /// What needs no encoding in one segment of a path.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
+/// The hub's refusal, in its own words.
+#[derive(Debug, thiserror::Error)]
+#[error("the hub refuses: {} {words}{hint}", status.as_u16())]
+pub(super) struct Refusal {
+    status: StatusCode,
+    words: String,
+    hint: &'static str,
+}
+
+impl Refusal {
+    #[cfg(test)]
+    pub(super) fn of(status: StatusCode) -> Self {
+        Self { status, words: String::new(), hint: "" }
+    }
+
+    /// True if somebody else changed the record after it was read.
+    pub(super) fn is_stale(&self) -> bool {
+        self.status == StatusCode::PRECONDITION_FAILED
+    }
+}
+
 /// A hub, and the right to ask it.
 pub(super) struct Api {
     dialer: Dialer,
@@ -126,7 +147,7 @@ fn read_answer(answer: &HttpResponse) -> Outcome<Value> {
 }
 
 /// The hub's own words, which stand in JSON inside JSON (wire.md, section a), and what to do about them.
-fn refusal(answer: &HttpResponse) -> anyhow::Error {
+fn refusal(answer: &HttpResponse) -> Refusal {
     let outer: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let message = outer["Message"].as_str().unwrap_or_default();
     let inner: Value = serde_json::from_str(message).unwrap_or_default();
@@ -138,7 +159,7 @@ fn refusal(answer: &HttpResponse) -> anyhow::Error {
         StatusCode::UNAUTHORIZED => " (is the connection string this hub's, and this machine's clock right?)",
         _ => "",
     };
-    anyhow!("the hub refuses: {} {}{hint}", answer.status.as_u16(), printable(words))
+    Refusal { status: answer.status, words: printable(words).into_owned(), hint }
 }
 
 #[cfg(test)]

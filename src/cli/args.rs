@@ -113,13 +113,13 @@ pub struct InitArgs {
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8883")]
     pub mqtt_listen: String,
     /// Use this certificate chain (PEM) and make no CA.
-    #[arg(long, value_name = "FILE", requires = "private_key")]
+    #[arg(long, value_name = "FILE", requires = "private_key", conflicts_with = "also")]
     pub certificate: Option<PathBuf>,
     /// The private key of the given certificate (PEM).
     #[arg(long, value_name = "FILE", requires = "certificate")]
     pub private_key: Option<PathBuf>,
     /// Only make a new certificate with the CA that is in the folder; a running hub takes it up by itself.
-    #[arg(long, conflicts_with_all = ["hostname", "certificate", "private_key"])]
+    #[arg(long, conflicts_with_all = ["hostname", "also", "listen", "mqtt_listen", "certificate", "private_key"])]
     pub renew: bool,
 }
 

@@ -13,10 +13,11 @@ use anyhow::anyhow;
 use super::{
     args::{CheckArgs, Role},
     exit::{Failure, Outcome},
+    places, say,
 };
 use crate::{
     agent::control_socket::{Answer, Request, call},
-    config::{HubConfig, LoadError, Loaded, Problem, load_device, load_hub, load_service},
+    config::{DeviceConfig, HubConfig, Load as _, LoadError, Loaded, Problem, ServiceConfig},
     transport::tls::ServerTls,
 };
 
@@ -26,7 +27,7 @@ pub(super) async fn run(args: &CheckArgs) -> Outcome {
     let mut broken: Option<LoadError> = None;
     for (file, role) in files {
         match check(&file, role) {
-            Ok(checked) => report(&file, role, checked).await,
+            Ok(checked) => report(&file, role, checked).await?,
             Err(error) => match &mut broken {
                 None => broken = Some(error),
                 Some(all) => all.problems.extend(error.problems),
@@ -48,59 +49,63 @@ fn with_role(given: &Path, role: Option<Role>) -> Outcome<(PathBuf, Role)> {
 }
 
 struct Checked {
+    /// About a certificate.
+    complaint: Option<String>,
     warnings: Vec<Problem>,
     socket: Option<PathBuf>,
 }
 
 fn check(file: &Path, role: Role) -> Result<Checked, LoadError> {
     fn checked<T>(loaded: Loaded<T>, socket: impl FnOnce(T) -> Option<PathBuf>) -> Checked {
-        Checked { warnings: loaded.warnings, socket: socket(loaded.config) }
+        Checked { complaint: None, warnings: loaded.warnings, socket: socket(loaded.config) }
     }
+    let environment = places::environment(file);
     Ok(match role {
         Role::Hub => {
-            let loaded = load_hub(file)?;
-            complain(&loaded.config);
-            checked(loaded, |config| config.control_socket)
+            let loaded = HubConfig::load(file, &environment)?;
+            let complaint = complaint(&loaded.config);
+            Checked { complaint, ..checked(loaded, |config| config.control_socket) }
         }
-        Role::Device => checked(load_device(file)?, |config| config.control_socket),
-        Role::Service => checked(load_service(file)?, |config| config.control_socket),
+        Role::Device => checked(DeviceConfig::load(file, &environment)?, |config| config.control_socket),
+        Role::Service => checked(ServiceConfig::load(file, &environment)?, |config| config.control_socket),
     })
 }
 
 /// What clients will say of a hub's certificate. One that cannot be read by who asks is another matter.
-fn complain(config: &HubConfig) {
+fn complaint(config: &HubConfig) -> Option<String> {
     let files = &config.tls;
-    let tls = ServerTls::load(files.certificate.path.clone(), files.private_key.path.clone());
-    if let Some(problem) = tls.ok().and_then(|tls| tls.complaint(&config.hostname)) {
-        println!("{problem} (warning)");
-    }
+    let tls = ServerTls::load(&files.certificate.path, &files.private_key.path);
+    tls.ok()?.complaint(&config.hostname)
 }
 
-async fn report(file: &Path, role: Role, checked: Checked) {
-    for warning in &checked.warnings {
-        println!("{warning} (warning)");
+async fn report(file: &Path, role: Role, checked: Checked) -> Outcome {
+    let warnings = checked.warnings.iter().map(ToString::to_string);
+    for warning in checked.complaint.into_iter().chain(warnings) {
+        say::line(format_args!("{warning} (warning)"))?;
     }
-    println!("{}: good, for the {}", file.display(), role.name());
-    let Some(socket) = checked.socket else { return };
+    say::line(format_args!("{}: good, for the {}", file.display(), role.name()))?;
+    let Some(socket) = checked.socket else { return Ok(()) };
     // A daemon that cannot be asked is no fault of the file.
-    if let Ok(Answer::Json(plan)) = call(&socket, &Request::Plan).await {
-        print_plan(file, &plan);
+    match call(&socket, &Request::Plan).await {
+        Ok(Answer::Json(plan)) => print_plan(file, &plan),
+        _ => Ok(()),
     }
 }
 
 /// The plan is that of the daemon's own file; it says nothing about another.
-fn print_plan(file: &Path, plan: &serde_json::Value) {
+fn print_plan(file: &Path, plan: &serde_json::Value) -> Outcome {
     let daemons = plan["config"].as_str().map(Path::new).and_then(|path| fs::canonicalize(path).ok());
     if daemons.is_none() || daemons != fs::canonicalize(file).ok() {
-        return;
+        return Ok(());
     }
     let changes = plan["changes"].as_array().map(Vec::as_slice).unwrap_or_default();
     if changes.is_empty() {
-        println!("    the running daemon has just this configuration");
+        say::line("    the running daemon has just this configuration")?;
     }
     for change in changes.iter().filter_map(serde_json::Value::as_str) {
-        println!("    a reload: {change}");
+        say::line(format_args!("    a reload: {change}"))?;
     }
+    Ok(())
 }
 
 /// `forwards.d/x.toml` is part of the `service.toml` beside its folder.
@@ -114,11 +119,14 @@ fn main_file(given: &Path) -> PathBuf {
     folder.map_or_else(|| given.into(), |folder| folder.with_file_name(main))
 }
 
-/// By the file's name, else by a key that only one role has.
+/// By a word of the file's name, else by a key that only one role has.
 fn role_of(file: &Path) -> Option<Role> {
     let stem = file.file_stem()?.to_str()?;
-    let roles = [Role::Hub, Role::Device, Role::Service];
-    if let Some(role) = roles.into_iter().find(|role| stem.contains(role.name())) {
+    let is_named = |role: &Role| {
+        stem.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word.eq_ignore_ascii_case(role.name()))
+    };
+    let named: Vec<Role> = [Role::Hub, Role::Device, Role::Service].into_iter().filter(is_named).collect();
+    if let [role] = named[..] {
         return Some(role);
     }
     let table: toml::Table = fs::read_to_string(file).ok()?.parse().ok()?;
@@ -136,6 +144,8 @@ mod tests {
     fn files_tell_whose_they_are() {
         assert_eq!(role_of(Path::new("/etc/culvert/hub.toml")), Some(Role::Hub));
         assert_eq!(role_of(Path::new("my-device.toml")), Some(Role::Device));
+        assert_eq!(role_of(Path::new("github-device.toml")), Some(Role::Device));
+        assert_eq!(role_of(Path::new("hub-device.toml")), None, "its keys tell");
         assert_eq!(main_file(Path::new("/etc/culvert/forwards.d/a.toml")), Path::new("/etc/culvert/service.toml"));
         assert_eq!(main_file(Path::new("targets.d/a.toml")), Path::new("device.toml"));
         assert_eq!(main_file(Path::new("x.toml")), Path::new("x.toml"));

@@ -27,13 +27,14 @@ use super::{
 };
 use crate::{
     agent::control_socket::{Answer, CallError, ControlHandler as _, JoinIo, Reply, Request, call},
-    config::{Environment, ServiceConfig, load_service},
+    config::{Environment, Load as _, ServiceConfig, load_service},
     service::Service,
 };
 
 /// Runs the command.
 pub(super) async fn run(args: &ConnectArgs) -> Outcome {
     let request = Request::Connect { device: args.device.clone(), target: args.target.clone() };
+    let mut forbidden = None;
     for socket in sockets(args) {
         match call(&socket, &request).await {
             Ok(Answer::Joined(joined)) => {
@@ -42,31 +43,41 @@ pub(super) async fn run(args: &ConnectArgs) -> Outcome {
             }
             Ok(Answer::Json(_)) => return Err(not_joined()),
             Err(CallError::NotRunning { .. }) => {}
+            // Somebody else's daemon is no reason not to go another way.
+            Err(error @ CallError::Forbidden { .. }) => forbidden = Some(error),
             Err(error) => return Err(Failure::unavailable(error)),
         }
     }
-    alone(args, request).await
+    match (own_config(args), forbidden) {
+        (Ok(config), _) => alone(args, config, request).await,
+        (Err(_), Some(forbidden)) => Err(Failure::unavailable(forbidden)),
+        (Err(problem), None) => Err(problem),
+    }
 }
 
 /// The sockets of service daemons that may run, the likeliest first.
 fn sockets(args: &ConnectArgs) -> Vec<PathBuf> {
-    let configured = args.config.as_deref().and_then(|file| load_service(file).ok());
+    let configured = args.config.as_deref().and_then(|file| ServiceConfig::load(file, &places::environment(file)).ok());
     match configured {
         Some(loaded) => loaded.config.control_socket.into_iter().collect(),
         None => Environment::of_process().control_sockets(Role::Service.name()),
     }
 }
 
-/// Opens a device stream of its own, as a service daemon without forwards would.
-async fn alone(args: &ConnectArgs, request: Request) -> Outcome {
+/// What a service daemon would be started with.
+fn own_config(args: &ConnectArgs) -> Outcome<ServiceConfig> {
     let file = places::config_file(args.config.as_deref(), Role::Service);
     let loaded = load_service(&file).map_err(|error| {
         let hint = "no culvert service is running here, and its configuration cannot be used for a stream of our own";
         Failure::config(anyhow!("{hint}:\n{error}"))
     })?;
+    Ok(loaded.config)
+}
+
+/// Opens a device stream of its own, as a service daemon without forwards would.
+async fn alone(args: &ConnectArgs, config: ServiceConfig, request: Request) -> Outcome {
     let state = StateDir::new().map_err(Failure::unavailable)?;
-    let config =
-        ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..loaded.config };
+    let config = ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..config };
     let service = Service::bind(config, &Registry::new()).await.map_err(Failure::config)?;
     let handle = service.handle();
     let shutdown = CancellationToken::new();

@@ -29,7 +29,9 @@ use crate::{
     agent::control_socket::ControlHandler,
     config::{Changes, Environment, Load, Loaded, LogConfig, LogFormat, MetricsConfig, Reload, Reloader, watch::Poker},
     telemetry::{
-        DaemonMetrics, Health, LogHandle, LogOptions, log, metrics,
+        DaemonMetrics, Health, LogHandle, LogOptions,
+        log::{self, LogError},
+        metrics,
         systemd::{self, Beat, Loops},
     },
 };
@@ -68,13 +70,19 @@ pub(super) struct Settings<'a> {
     pub(super) log: &'a LogConfig,
     pub(super) control_socket: Option<&'a Path>,
     pub(super) state_dir: &'a Path,
+    /// How long connections may take to end by themselves when the daemon stops, beyond a few seconds.
+    pub(super) drain: Duration,
 }
 
 /// Runs a daemon until a signal ends it.
 pub(super) fn run<D: Daemon>(config: Option<&Path>) -> Outcome {
     let file = places::config_file(config, D::ROLE);
     let loaded = D::Config::load(&file, &Environment::of_process()).map_err(Failure::config)?;
-    let log = log::init(&log_options(D::settings(&loaded.config).log)).map_err(Failure::config)?;
+    let log = log::init(&log_options(D::settings(&loaded.config).log)).map_err(|error| match error {
+        // The file is right; the journal may be there at the next try.
+        LogError::Journal(_) => Failure::unavailable(error),
+        LogError::Level(_) | LogError::Running => Failure::config(error),
+    })?;
     metrics::count_panics();
     run_to_end(async { start::<D>(&file, loaded, log).await?.run().await })
 }
@@ -188,7 +196,9 @@ impl<C: Load + Changes + Sync> Life<C> {
                     self.poker.poke();
                 }
                 Event::Reloaded(reload) => {
-                    self.applier.apply(reload);
+                    if self.applier.apply(reload).is_err() {
+                        self.reloader.not_applied();
+                    }
                     // Also after a refused reload: what ran before runs on, and `systemctl reload` must return.
                     self.say_ready();
                 }
@@ -226,7 +236,7 @@ impl<C: Load + Changes + Sync> Life<C> {
 
     /// The role drains by its own deadlines; a second signal is for people who cannot wait.
     async fn stop(mut self) -> Outcome {
-        systemd::stopping();
+        systemd::stopping(self.applier.drain());
         tracing::info!("stopping; once more to stop at once");
         self.shutdown.cancel();
         loop {

@@ -5,6 +5,7 @@
 
 use std::process::ExitCode;
 
+use super::say;
 use crate::telemetry::log;
 
 /// Why a command failed, with the code that says whose fault it is.
@@ -51,6 +52,11 @@ impl Failure {
         Self { code: Code::Config, error: error.into() }
     }
 
+    /// The cause of that type, for whoever can do something about it.
+    pub(super) fn cause<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
+        self.error.downcast_ref()
+    }
+
     /// The code.
     pub fn code(&self) -> Code {
         self.code
@@ -61,7 +67,7 @@ impl Failure {
         // The journal reads a line's priority from its start (sd-daemon(3)); without one an error is information.
         let priority = if log::stderr_is_the_journal() { "<3>" } else { "" };
         for line in self.text().lines() {
-            eprintln!("{priority}{line}");
+            say::aside(format_args!("{priority}{line}"));
         }
         ExitCode::from(self.code as u8)
     }

@@ -6,7 +6,7 @@
 use std::{
     fs,
     io::{self, Write as _},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, chown},
     path::{Path, PathBuf},
 };
@@ -16,11 +16,12 @@ use anyhow::Context as _;
 use super::{
     args::InitArgs,
     exit::{Failure, Outcome},
-    pki,
+    pki, say,
 };
 use crate::{
     auth::{ConnectionString, Credential, Owner, key, policy},
     base::{Name, Secret},
+    config::host_is_valid,
     transport::tls::ServerTls,
 };
 
@@ -59,24 +60,39 @@ pub(super) fn run(args: &InitArgs) -> Outcome {
     }
     let plan = plan(args)?;
     let made = init(&plan)?;
-    println!("The hub's files are in {}. Start it with:\n", plan.dir.display());
-    println!("    culvert hub --config {}\n", made.config.display());
-    let owner = plan.dir.join(OWNER_FILE);
-    println!("Register devices on this machine with:\n");
-    println!("    culvert registry add DEVICE --connection-string-file {}\n", owner.display());
-    if plan.given.is_none() {
-        println!("Devices and services need the authority's certificate: {}", plan.dir.join(CA_FILE).display());
-    }
-    println!("The service connection string, for service.toml's connection_string_file (keep it secret):\n");
-    println!("{}", made.service.expose().expose_str().unwrap_or_default());
-    Ok(())
+    tell(&plan, &made)
+}
+
+/// What to do next, with the only secret that somebody else than this machine needs.
+fn tell(plan: &Plan, made: &Made) -> Outcome {
+    let dir = plan.dir.display();
+    let (config, owner, ca) = (made.config.display(), plan.dir.join(OWNER_FILE), plan.dir.join(CA_FILE));
+    let authority = match plan.given {
+        None => format!("Devices and services need the authority's certificate: {}\n", ca.display()),
+        Some(_) => String::new(),
+    };
+    let secret = made.service.expose();
+    let text = format!(
+        "The hub's files are in {dir}. Start it with:\n\n    culvert hub --config {config}\n\n\
+         Register devices on this machine with:\n\n    \
+         culvert registry add DEVICE --connection-string-file {owner}\n\n{authority}\
+         The service connection string, for service.toml's connection_string_file (keep it secret):\n\n{secret}",
+        owner = owner.display(),
+        secret = secret.expose_str().unwrap_or_default(),
+    );
+    say::once(text, || {
+        format!(
+            "the hub's files are in {dir}, but the service connection string could not be written; its key is there"
+        )
+    })
 }
 
 fn plan(args: &InitArgs) -> Outcome<Plan> {
     let hostname = args.hostname.clone().unwrap_or_default();
     let numeric = hostname.parse::<std::net::Ipv4Addr>().is_ok();
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
-    if hostname.is_empty() || !hostname.chars().all(allowed) || (!numeric && hostname.ends_with('.')) {
+    // The last is what the hub itself says of the file that would be written.
+    if !hostname.chars().all(allowed) || (!numeric && hostname.ends_with('.')) || !host_is_valid(&hostname) {
         let hint = match hostname.trim_start_matches('[').trim_end_matches(']').parse::<std::net::Ipv6Addr>() {
             Ok(_) => {
                 "an IPv6 address has no place in tokens and user names, so give the hub a name (DNS or hosts file)"
@@ -84,6 +100,9 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
             Err(_) => "leave out scheme and port",
         };
         return Err(Failure::usage(anyhow::anyhow!("{hostname:?} is not a host name; {hint}")));
+    }
+    if let Some(name) = args.also.iter().find(|name| !may_be_certified(name)) {
+        return Err(Failure::usage(anyhow::anyhow!("--also {name:?} is neither a host name nor an address")));
     }
     let mqtt_listen = match args.mqtt_listen.as_str() {
         "off" => None,
@@ -93,12 +112,18 @@ fn plan(args: &InitArgs) -> Outcome<Plan> {
     let given = args.certificate.as_deref().zip(args.private_key.as_deref());
     let given = given.map(|(certificate, key)| Ok((absolute(certificate)?, absolute(key)?))).transpose()?;
     if let Some((certificate, key)) = &given {
-        let tls = ServerTls::load(certificate.clone(), key.clone()).map_err(Failure::config)?;
+        let tls = ServerTls::load(certificate, key).map_err(Failure::config)?;
         if let Some(problem) = tls.complaint(&hostname) {
-            eprintln!("{problem} (warning)");
+            say::aside(format_args!("{problem} (warning)"));
         }
     }
     Ok(Plan { dir: absolute(&args.dir)?, hostname, also: args.also.clone(), listen: args.listen, mqtt_listen, given })
+}
+
+/// A name, an address, or a name whose first label is any.
+fn may_be_certified(name: &str) -> bool {
+    let plain = name.strip_prefix("*.").unwrap_or(name);
+    name.parse::<IpAddr>().is_ok() || (!plain.starts_with('[') && host_is_valid(plain))
 }
 
 /// Makes the hub's files. All or, if one of them exists, none.
@@ -147,8 +172,7 @@ fn renew(dir: &Path) -> Outcome {
     let key = NewFile::secret("hub.key", pair.key.expose_str().unwrap_or_default());
     let swapped = key.replace(dir).and_then(|()| NewFile::public("hub.pem", pair.certificate).replace(dir));
     swapped.map_err(Failure::unavailable)?;
-    println!("{} is new; a running hub takes it up by itself", dir.join("hub.pem").display());
-    Ok(())
+    say::line(format_args!("{} is new; a running hub takes it up by itself", dir.join("hub.pem").display()))
 }
 
 fn certificates(names: &[String]) -> anyhow::Result<[NewFile; 4]> {

@@ -20,11 +20,8 @@ use super::{
 };
 use crate::{
     base::Utc,
-    config::{Environment, ResourceLogConfig, load_hub},
+    config::{HubConfig, Load as _, ResourceLogConfig},
 };
-
-/// Rotated files beside the current one that are looked for: more than any sensible `keep`.
-const MAX_ROTATED: u32 = 1000;
 
 /// Runs the command.
 pub(super) fn run(args: &LogsArgs) -> Outcome {
@@ -33,8 +30,10 @@ pub(super) fn run(args: &LogsArgs) -> Outcome {
         device: args.device.as_ref().map(|device| device.as_str().to_owned()),
         since: args.since.map(|span| SystemTime::now().checked_sub(span.0).unwrap_or(SystemTime::UNIX_EPOCH)),
     };
-    let mut files: Vec<PathBuf> =
-        (1..=MAX_ROTATED).map(|number| rotated(&file, number)).take_while(|older| older.exists()).collect();
+    let mut files: Vec<PathBuf> = (1..=ResourceLogConfig::MAX_KEEP)
+        .map(|number| rotated(&file, number))
+        .take_while(|older| older.exists())
+        .collect();
     files.reverse();
     files.push(file);
     match print(&files, &filter, args.json, &mut io::stdout().lock()) {
@@ -53,11 +52,13 @@ fn file(args: &LogsArgs) -> Outcome<PathBuf> {
     if let Some(file) = &args.file {
         return Ok(file.clone());
     }
-    match load_hub(&places::config_file(args.config.as_deref(), Role::Hub)) {
+    let config = places::config_file(args.config.as_deref(), Role::Hub);
+    let environment = places::environment(&config);
+    match HubConfig::load(&config, &environment) {
         Ok(loaded) => Ok(loaded.config.resource_log.file),
         Err(problems) if args.config.is_some() => Err(Failure::config(problems)),
         // The configuration may be unreadable for people who may read the log.
-        Err(_) => Ok(ResourceLogConfig::in_folder(&Environment::of_process().state_dir(Role::Hub.name())).file),
+        Err(_) => Ok(ResourceLogConfig::in_folder(&environment.state_dir(Role::Hub.name())).file),
     }
 }
 

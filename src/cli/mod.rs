@@ -17,6 +17,7 @@ mod places;
 mod quickstart;
 mod registry;
 mod roles;
+mod say;
 mod streams;
 
 use std::process::ExitCode;

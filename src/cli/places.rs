@@ -5,7 +5,7 @@
 
 use std::{
     env,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use super::args::Role;
@@ -17,6 +17,17 @@ const SYSTEM: &str = "/etc/culvert";
 /// The role's configuration file.
 pub(super) fn config_file(given: Option<&Path>, role: Role) -> PathBuf {
     given.map_or_else(|| find(&format!("{}.toml", role.name())), Path::to_path_buf)
+}
+
+/// What stands in for what the file leaves open: the system's own files are those of the system's daemons, whoever
+/// reads them.
+pub(super) fn environment(file: &Path) -> Environment {
+    environment_of(file, Environment::of_process())
+}
+
+fn environment_of(file: &Path, process: Environment) -> Environment {
+    let is_systems = path::absolute(file).is_ok_and(|file| file.starts_with(SYSTEM));
+    if is_systems { process.of_system() } else { process }
 }
 
 /// A file of that name in the user's or the system's configuration folder.
@@ -33,4 +44,19 @@ fn user_folder() -> Option<PathBuf> {
     let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = path("XDG_CONFIG_HOME").or_else(|| path("HOME").map(|home| home.join(".config")))?;
     Some(base.join("culvert"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::UserPlaces;
+
+    #[test]
+    fn a_file_of_the_systems_has_the_systems_places() {
+        let user = UserPlaces { state: "/home/a/.local/state".into(), runtime: Some("/run/user/1".into()) };
+        let process = Environment { user: Some(user), ..Environment::default() };
+        let socket = |file: &str| environment_of(Path::new(file), process.clone()).control_socket("hub");
+        assert_eq!(socket("/etc/culvert/hub.toml"), Path::new("/run/culvert/hub.sock"));
+        assert_eq!(socket("/home/a/hub.toml"), Path::new("/run/user/1/culvert/hub.sock"));
+    }
 }

@@ -21,6 +21,7 @@ use super::{
     args::QuickstartArgs,
     daemon::{self, Running},
     exit::{Failure, Outcome},
+    say,
 };
 use crate::{
     config::{Load, Loaded, ServiceConfig, load_device, load_hub, load_service},
@@ -69,7 +70,8 @@ async fn play(dir: &Path, log: LogHandle) -> Outcome {
     let usable = usable(service.handle());
     daemons.spawn(service.run());
     match usable.await {
-        Ok(()) => files::print_what_to_try(dir, &forwards),
+        // It runs, whether or not somebody reads this.
+        Ok(()) => say::line(files::what_to_try(dir, &forwards)).unwrap_or_default(),
         Err(reason) => tracing::error!("the demo is not usable yet: {reason}"),
     }
     let ended = all(daemons).await;

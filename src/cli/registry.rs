@@ -7,9 +7,10 @@ use http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    api::{Api, segment},
+    api::{Api, Refusal, segment},
     args::{RegistryAction, RegistryArgs},
     exit::{Failure, Outcome},
+    say,
 };
 use crate::{
     auth::{ConnectionString, Credential, Owner, key},
@@ -20,6 +21,8 @@ use crate::{
 const PAGE: usize = 1000;
 /// Bytes of a new key.
 const KEY_BYTES: usize = 32;
+/// How often a record that others keep changing is read again: they are people and scripts, not a flood.
+const MAX_TRIES: u32 = 5;
 /// Where a record keeps its keys.
 const KEYS: &str = "/authentication/symmetricKey";
 
@@ -35,8 +38,7 @@ pub(super) async fn run(args: &RegistryArgs) -> Outcome {
         RegistryAction::Show { device, connection_string } => show(&api, device, *connection_string).await,
         RegistryAction::Remove { device } => {
             api.call(Method::DELETE, &path(device), None, Some("*")).await?;
-            println!("{device} is removed");
-            Ok(())
+            say::line(format_args!("{device} is removed"))
         }
         RegistryAction::Rotate { device, both } => rotate(&api, device, *both).await,
         RegistryAction::Enable { device } => set_status(&api, device, "enabled", None).await,
@@ -63,8 +65,8 @@ fn proof(thumbprint: Option<&str>, secondary: Option<&str>, ca_signed: bool) -> 
 }
 
 async fn add(api: &Api, identity: &Identity, proof: Option<Value>) -> Outcome {
-    print_secret(&register(api, identity, proof).await?);
-    Ok(())
+    let string = register(api, identity, proof).await?;
+    say::once(exposed(&string), || told_again("is registered", identity))
 }
 
 /// Registers an identity and yields what its configuration needs.
@@ -93,14 +95,15 @@ async fn list(api: &Api, modules_of: Option<&DeviceId>, as_json: bool) -> Outcom
     }
     let records = found.as_array().map(Vec::as_slice).unwrap_or_default();
     let width = records.iter().map(|record| name(record).len()).max().unwrap_or(0).max("DEVICE".len());
-    println!("{:width$}  {:8}  {:12}  PROVES ITSELF BY", "DEVICE", "STATUS", "CONNECTION");
+    say::line(format_args!("{:width$}  {:8}  {:12}  PROVES ITSELF BY", "DEVICE", "STATUS", "CONNECTION"))?;
     for record in records {
         let text = |key: &str| record[key].as_str().unwrap_or("-").to_owned();
         let proof = record["authentication"]["type"].as_str().unwrap_or("-");
-        println!("{:width$}  {:8}  {:12}  {proof}", name(record), text("status"), text("connectionState"));
+        let (status, connection) = (text("status"), text("connectionState"));
+        say::line(format_args!("{:width$}  {status:8}  {connection:12}  {proof}", name(record)))?;
     }
     if modules_of.is_none() && records.len() == PAGE {
-        eprintln!("culvert: only the first {PAGE} devices are shown");
+        say::aside(format_args!("culvert: only the first {PAGE} devices are shown"));
     }
     Ok(())
 }
@@ -113,8 +116,7 @@ fn name(record: &Value) -> String {
 async fn show(api: &Api, identity: &Identity, connection_string: bool) -> Outcome {
     let mut record = api.call(Method::GET, &path(identity), None, None).await?;
     if connection_string {
-        print_secret(&self::connection_string(api, identity, &record)?);
-        return Ok(());
+        return say::line(exposed(&self::connection_string(api, identity, &record)?));
     }
     hide_keys(&mut record);
     print_json(&record)
@@ -122,7 +124,7 @@ async fn show(api: &Api, identity: &Identity, connection_string: bool) -> Outcom
 
 async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
     let mut record = api.call(Method::GET, &path(identity), None, None).await?;
-    let etag = record["etag"].as_str().map(|etag| format!("\"{}\"", etag.trim_matches('"')));
+    let etag = etag(&record);
     let Some(keys) = record.pointer_mut(KEYS).filter(|keys| keys["primaryKey"].is_string()) else {
         let error = anyhow::anyhow!("{identity} proves itself by certificate; it has no key to rotate");
         return Err(Failure::usage(error));
@@ -130,17 +132,36 @@ async fn rotate(api: &Api, identity: &Identity, both: bool) -> Outcome {
     let secondary = if both { json!(random_key()?) } else { keys["primaryKey"].take() };
     *keys = json!({ "primaryKey": random_key()?, "secondaryKey": secondary });
     let record = api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await?;
-    print_secret(&connection_string(api, identity, &record)?);
-    Ok(())
+    say::once(exposed(&connection_string(api, identity, &record)?), || told_again("has a new key", identity))
 }
 
 async fn set_status(api: &Api, identity: &Identity, status: &str, reason: Option<&str>) -> Outcome {
-    let mut record = api.call(Method::GET, &path(identity), None, None).await?;
-    record["status"] = json!(status);
-    record["statusReason"] = json!(reason);
-    api.call(Method::PUT, &path(identity), Some(&record), Some("*")).await?;
-    println!("{identity} is {status}");
-    Ok(())
+    unless_stale(async || {
+        let mut record = api.call(Method::GET, &path(identity), None, None).await?;
+        // The record holds the keys: over a newer one it would bring back those of before a rotation.
+        let etag = etag(&record);
+        record["status"] = json!(status);
+        record["statusReason"] = json!(reason);
+        api.call(Method::PUT, &path(identity), Some(&record), etag.as_deref()).await
+    })
+    .await?;
+    say::line(format_args!("{identity} is {status}"))
+}
+
+/// The record's version, as a header names it.
+fn etag(record: &Value) -> Option<String> {
+    record["etag"].as_str().map(|etag| format!("\"{}\"", etag.trim_matches('"')))
+}
+
+/// Changes a record, and again if somebody else did in the meantime.
+async fn unless_stale<T>(mut change: impl AsyncFnMut() -> Outcome<T>) -> Outcome<T> {
+    for _ in 1..MAX_TRIES {
+        match change().await {
+            Err(failure) if failure.cause().is_some_and(Refusal::is_stale) => {}
+            done => return done,
+        }
+    }
+    change().await
 }
 
 fn random_key() -> Outcome<String> {
@@ -158,8 +179,14 @@ fn connection_string(api: &Api, identity: &Identity, record: &Value) -> Outcome<
     Ok(ConnectionString { owner: Owner::Device(identity.clone()), credential, ..api.hub().clone() })
 }
 
-fn print_secret(string: &ConnectionString) {
-    println!("{}", string.expose().expose_str().unwrap_or_default());
+fn exposed(string: &ConnectionString) -> String {
+    string.expose().expose_str().unwrap_or_default().to_owned()
+}
+
+/// For a connection string that could not be written, although the hub has changed.
+fn told_again(happened: &str, identity: &Identity) -> String {
+    let again = format!("culvert registry show {identity} --connection-string");
+    format!("{identity} {happened}, but its connection string could not be written; `{again}` tells it")
 }
 
 fn hide_keys(record: &mut Value) {
@@ -169,8 +196,7 @@ fn hide_keys(record: &mut Value) {
 }
 
 fn print_json(value: &Value) -> Outcome {
-    println!("{}", serde_json::to_string_pretty(value).map_err(Failure::software)?);
-    Ok(())
+    say::line(serde_json::to_string_pretty(value).map_err(Failure::software)?)
 }
 
 #[cfg(test)]
@@ -180,6 +206,31 @@ mod tests {
     #[test]
     fn a_module_lies_below_its_device_and_both_are_encoded() {
         assert_eq!(path(&"pump:17/a%b".parse().unwrap()), "/devices/pump%3A17/modules/a%25b");
+    }
+
+    #[tokio::test]
+    async fn a_record_that_somebody_else_changed_is_read_again_but_not_for_ever() {
+        let stale = || Failure::unavailable(Refusal::of(http::StatusCode::PRECONDITION_FAILED));
+        let mut tries = 0;
+        let changed = unless_stale(async || {
+            tries += 1;
+            if tries < 3 { Err(stale()) } else { Ok(tries) }
+        });
+        assert_eq!(changed.await.unwrap(), 3);
+        let mut tries = 0;
+        let given_up = unless_stale(async || {
+            tries += 1;
+            Err::<(), _>(stale())
+        });
+        assert!(given_up.await.unwrap_err().cause().is_some_and(Refusal::is_stale));
+        assert_eq!(tries, MAX_TRIES);
+        let mut tries = 0;
+        let gone = unless_stale(async || {
+            tries += 1;
+            Err::<(), _>(Failure::unavailable(Refusal::of(http::StatusCode::NOT_FOUND)))
+        });
+        assert!(gone.await.is_err());
+        assert_eq!(tries, 1);
     }
 
     #[test]

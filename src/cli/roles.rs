@@ -3,7 +3,7 @@
 //! Owns the fit between a role's own interface and what [`super::daemon`] asks. Does not know what a role does.
 //! Invariant: nothing here decides; each method is one call.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use prometheus::Registry;
@@ -16,21 +16,25 @@ use super::{
     exit::{Failure, Outcome},
 };
 use crate::{
-    agent::control_socket::{ControlHandler, Reply, Request},
+    agent::{
+        InstanceError,
+        control_socket::{ControlHandler, Reply, Request},
+    },
     config::{DeviceConfig, HubConfig, ServiceConfig},
-    device::{Device, DeviceHandle},
+    device::{BindError as DeviceError, Device, DeviceHandle},
     hub::{Hub, HubHandle, metrics::HubMetrics},
-    service::{Service, ServiceHandle},
+    service::{BindError as ServiceError, Service, ServiceHandle},
     telemetry::{ForwardHealth, Health},
 };
 
 macro_rules! settings {
-    ($config:ident) => {
+    ($config:ident, $drain:expr) => {
         Settings {
             metrics: &$config.metrics,
             log: &$config.log,
             control_socket: $config.control_socket.as_deref(),
             state_dir: &$config.state_dir,
+            drain: $drain,
         }
     };
 }
@@ -40,7 +44,7 @@ impl Daemon for Hub {
     const ROLE: Role = Role::Hub;
 
     fn settings(config: &HubConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, config.limits.drain_timeout)
     }
 
     async fn bind(config: HubConfig, registry: &Registry) -> Outcome<Self> {
@@ -98,11 +102,15 @@ impl Daemon for Device {
     const ROLE: Role = Role::Device;
 
     fn settings(config: &DeviceConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, Duration::ZERO)
     }
 
     async fn bind(config: DeviceConfig, registry: &Registry) -> Outcome<Self> {
-        Self::bind(config, registry).await.map_err(Failure::config)
+        Self::bind(config, registry).await.map_err(|error| match error {
+            DeviceError::Instance(InstanceError::Io { .. }) => Failure::unavailable(error),
+            DeviceError::Metrics(_) => Failure::software(error),
+            DeviceError::Hub(_) | DeviceError::Instance(InstanceError::Content { .. }) => Failure::config(error),
+        })
     }
 
     fn handle(&self) -> Arc<dyn Running<DeviceConfig>> {
@@ -127,11 +135,15 @@ impl Daemon for Service {
     const ROLE: Role = Role::Service;
 
     fn settings(config: &ServiceConfig) -> Settings<'_> {
-        settings!(config)
+        settings!(config, Duration::ZERO)
     }
 
     async fn bind(config: ServiceConfig, registry: &Registry) -> Outcome<Self> {
-        Self::bind(config, registry).await.map_err(Failure::config)
+        Self::bind(config, registry).await.map_err(|error| match error {
+            ServiceError::Instance(InstanceError::Io { .. }) => Failure::unavailable(error),
+            ServiceError::Metrics(_) => Failure::software(error),
+            ServiceError::Hub(_) | ServiceError::Instance(InstanceError::Content { .. }) => Failure::config(error),
+        })
     }
 
     fn handle(&self) -> Arc<dyn Running<ServiceConfig>> {

@@ -9,6 +9,7 @@ use super::{
     api::Api,
     args::{DeviceStreamAction, DeviceStreamArgs},
     exit::{Failure, Outcome},
+    say,
 };
 
 /// Where the hub tells (wire.md, section f, without the resource manager's path around it).
@@ -18,6 +19,5 @@ const PATH: &str = "/deviceStreams";
 pub(super) async fn run(args: &DeviceStreamArgs) -> Outcome {
     let DeviceStreamAction::Show = args.action;
     let endpoints = Api::open(&args.hub)?.call(Method::GET, PATH, None, None).await?;
-    println!("{}", serde_json::to_string_pretty(&endpoints).map_err(Failure::software)?);
-    Ok(())
+    say::line(serde_json::to_string_pretty(&endpoints).map_err(Failure::software)?)
 }

@@ -54,6 +54,12 @@ impl Environment {
         }
     }
 
+    /// The same without the user's own places.
+    #[must_use]
+    pub fn of_system(self) -> Self {
+        Self { user: None, ..self }
+    }
+
     /// The default state folder of a role. Roles never share one: an instance ID lies in it.
     pub fn state_dir(&self, role: &str) -> PathBuf {
         match (&self.state, &self.user) {

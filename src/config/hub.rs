@@ -214,6 +214,9 @@ pub struct ResourceLogConfig {
 }
 
 impl ResourceLogConfig {
+    /// Most rotated files: each rotation looks at them all.
+    pub const MAX_KEEP: u32 = 1000;
+
     /// The default: in the hub's state folder, at most 144 MiB, about 200,000 initiations.
     pub fn in_folder(state_dir: &std::path::Path) -> Self {
         Self { file: state_dir.join("device-streams.log"), max_size: 16 << 20, keep: 8, stdout: false }

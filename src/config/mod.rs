@@ -35,6 +35,7 @@ pub use environment::{Environment, UserPlaces};
 pub use footprint::Footprint;
 pub use hub::{DevicePattern, HubConfig, HubLimits, PolicyRule, PublicUrl, ResourceLogConfig};
 pub use load::{Load, Loaded, load_device, load_hub, load_service};
+pub(crate) use parts::host_is_valid;
 pub use parts::{
     AddressError, Certificate, FileContents, LinkLimits, ListenAddress, LogConfig, LogFormat, MetricsConfig, Proxy,
     ProxyRule, SecretFile, TargetAddress,

@@ -74,12 +74,13 @@ fn port_is_valid(port: &str) -> bool {
 
 /// A host name, an IPv4 address, or an IPv6 address in brackets (with a zone, as in `[fe80::1%eth0]`).
 pub(crate) fn host_is_valid(host: &str) -> bool {
+    // What names of hosts and of network interfaces consist of.
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     if let Some(inner) = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         let (address, zone) = inner.split_once('%').unwrap_or((inner, "0"));
-        return address.parse::<std::net::Ipv6Addr>().is_ok() && zone.bytes().all(|b| b.is_ascii_alphanumeric());
+        return address.parse::<std::net::Ipv6Addr>().is_ok() && !zone.is_empty() && zone.chars().all(allowed);
     }
     let looks_numeric = host.bytes().all(|b| b.is_ascii_digit() || b == b'.');
-    let allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     !host.is_empty()
         && host.len() <= 253
         && host.chars().all(allowed)
@@ -270,7 +271,14 @@ mod tests {
 
     #[test]
     fn addresses_print_as_they_are_written() {
-        for text in ["127.0.0.1:22", "[::1]:22", "host.example:8080", "[fe80::1%eth0]:22", "unix:/run/app.sock"] {
+        for text in [
+            "127.0.0.1:22",
+            "[::1]:22",
+            "host.example:8080",
+            "[fe80::1%eth0.100]:22",
+            "[fe80::1%br-lan]:22",
+            "unix:/run/app.sock",
+        ] {
             assert_eq!(text.parse::<ListenAddress>().unwrap().to_string(), text);
         }
         let v6: ListenAddress = "[::1]:22".parse().unwrap();
@@ -280,9 +288,22 @@ mod tests {
     #[test]
     fn what_is_not_an_address_is_refused() {
         let long = format!("unix:/{}", "x".repeat(MAX_SOCKET_PATH));
-        for text in
-            ["", "22", ":22", "host", "host:", "host:+22", "host:65536", "::1:22", "1.2.3:22", "a b:1", "unix:x", &long]
-        {
+        for text in [
+            "",
+            "22",
+            ":22",
+            "[fe80::1%]:22",
+            "[fe80::1%e/0]:22",
+            "host",
+            "host:",
+            "host:+22",
+            "host:65536",
+            "::1:22",
+            "1.2.3:22",
+            "a b:1",
+            "unix:x",
+            &long,
+        ] {
             assert!(text.parse::<ListenAddress>().is_err(), "{text:?}");
         }
     }

@@ -18,7 +18,8 @@ pub struct Reloader<T> {
     path: PathBuf,
     environment: Environment,
     watcher: Watcher,
-    file: T,
+    /// What the files said last; none if that was not taken up.
+    file: Option<T>,
     loading: Option<Loading<T>>,
 }
 
@@ -52,12 +53,17 @@ pub enum Outcome<T> {
 impl<T: Load + Changes> Reloader<T> {
     /// Takes over where a first load ended. Must be called within a tokio runtime.
     pub fn start(path: PathBuf, environment: Environment, loaded: Loaded<T>) -> Self {
-        Self { path, environment, watcher: Watcher::start(loaded.files), file: loaded.config, loading: None }
+        Self { path, environment, watcher: Watcher::start(loaded.files), file: Some(loaded.config), loading: None }
     }
 
     /// The means to ask for a reload: for SIGHUP.
     pub fn poker(&self) -> Poker {
         self.watcher.poker()
+    }
+
+    /// The last configuration was not taken up, so that whatever is loaded next counts as a change.
+    pub fn not_applied(&mut self) {
+        self.file = None;
     }
 
     /// Waits for the next change or request and loads. Cancel safe.
@@ -85,10 +91,10 @@ impl<T: Load + Changes> Reloader<T> {
         match loaded {
             Ok(Loaded { config, warnings, files }) => {
                 self.watcher.follow(files);
-                if config == self.file {
+                if self.file.as_ref() == Some(&config) {
                     return Outcome::Unchanged;
                 }
-                self.file = config.clone();
+                self.file = Some(config.clone());
                 Outcome::Changed { config: Box::new(config), warnings }
             }
             Err(error) => {

@@ -200,7 +200,7 @@ async fn stop(hub: &HubShared) {
 }
 
 fn load_tls(config: &HubConfig) -> Result<ServerTls, TlsError> {
-    ServerTls::load(config.tls.certificate.path.clone(), config.tls.private_key.path.clone())
+    ServerTls::load(&config.tls.certificate.path, &config.tls.private_key.path)
 }
 
 /// Nobody can connect with a certificate that has expired or names another host, and only the others would say so.
@@ -229,7 +229,8 @@ impl HubHandle {
         if config.policies.is_empty() {
             return Err(StartError::NoPolicy);
         }
-        self.tls.reload().map_err(StartError::Tls)?;
+        // The files that are named now: the former ones may be gone.
+        self.tls.reload(&config.tls.certificate.path, &config.tls.private_key.path).map_err(StartError::Tls)?;
         look_at_certificate(&self.tls, &config, &self.shared.metrics);
         let old = self.shared.config();
         config.listen.clone_from(&old.listen);

@@ -159,7 +159,7 @@ mod tests {
             hub.reconfigure(config);
             let listener = MqttListener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
             let addr = listener.addr();
-            let tls = ServerTls::load(folder.join("hub.pem"), folder.join("hub.key")).unwrap();
+            let tls = ServerTls::load(&folder.join("hub.pem"), &folder.join("hub.key")).unwrap();
             let mut tasks = JoinSet::new();
             tasks.spawn(listener.run(tls.acceptor(Alpn::Unspoken).unwrap(), hub.clone()));
             Self { hub, addr, folder, tasks }

@@ -1,7 +1,8 @@
 //! The DeviceStreams resource log: one record per initiation, in the cloud's schema (wire.md, section g).
 //!
-//! Owns the record, the file, its rotation, and the thread that writes it. Does not know how an initiation is done.
-//! Invariant: the hub never waits for the disk: a record that finds no room in the queue is counted and dropped.
+//! Owns the record, the file, its rotation, and the threads that write. Does not know how an initiation is done.
+//! Invariant: the hub never waits for the disk, nor the file for whoever reads standard output: a record that finds no
+//! room in a queue is counted and dropped.
 //!
 //! The file has one JSON object per line, as the cloud writes them into a storage account. `properties` is JSON within
 //! a string, as there. Keys of ours beside the documented ones: `policy`, `result` and `reason`.
@@ -9,9 +10,12 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{self, RecvTimeoutError, SyncSender},
+    },
     thread::JoinHandle,
     time::{Duration, SystemTime},
 };
@@ -26,6 +30,8 @@ use crate::{
 
 /// Records that wait for the disk: two seconds of what a hub can initiate.
 const QUEUE: usize = 1024;
+/// At the end, what is queued has this long to get out, for each of file and standard output.
+const END_WAIT: Duration = Duration::from_secs(2);
 /// Only the hub's user and group read who talked to whom.
 const FILE_MODE: u32 = 0o640;
 
@@ -134,53 +140,104 @@ impl Record {
         }
     }
 
+    fn line(&self) -> Vec<u8> {
+        // A struct of strings always becomes JSON.
+        let mut line = serde_json::to_vec(self).unwrap_or_default();
+        line.push(b'\n');
+        line
+    }
+
     /// The inner part.
     pub fn properties(&self) -> Option<Properties> {
         serde_json::from_str(&self.properties).ok()
     }
 }
 
-/// Takes records; a thread writes them.
+/// Takes records; threads write them.
 #[derive(Debug)]
 pub(in crate::hub) struct ResourceLog {
-    queue: Option<mpsc::SyncSender<Initiated>>,
-    writer: Option<JoinHandle<()>>,
+    // Ended in this order: what the first still writes goes to the second.
+    file: Lane<Initiated>,
+    _stdout: Option<Lane<Vec<u8>>>,
     failures: IntCounter,
 }
 
 impl ResourceLog {
-    /// Opens the file and starts the writer.
+    /// Opens the file and starts the writers.
     pub(in crate::hub) fn open(config: ResourceLogConfig, hostname: String, failures: IntCounter) -> io::Result<Self> {
+        let stdout = config.stdout.then(io::stdout);
+        Self::start(config, hostname, failures, stdout)
+    }
+
+    fn start(
+        config: ResourceLogConfig,
+        hostname: String,
+        failures: IntCounter,
+        stdout: Option<impl io::Write + Send + 'static>,
+    ) -> io::Result<Self> {
         let mut sink = Sink::open(config)?;
-        let (queue, records) = mpsc::sync_channel::<Initiated>(QUEUE);
-        let failed = failures.clone();
-        let write = move || {
-            for initiated in records {
-                // Shown by the metric; a message per record would fill the disk that is full.
-                if sink.write(&Record::new(&hostname, &initiated)).is_err() {
-                    failed.inc();
+        // Shown by the metric; a message per record would fill the disk that is full.
+        let (failed, unprinted, unqueued) = (failures.clone(), failures.clone(), failures.clone());
+        let print = |mut out: Box<dyn io::Write + Send>| {
+            Lane::start("resource-log-stdout", move |line: Vec<u8>| {
+                if out.write_all(&line).and_then(|()| out.flush()).is_err() {
+                    unprinted.inc();
                 }
-            }
+            })
         };
-        let writer = std::thread::Builder::new().name("resource-log".into()).spawn(write)?;
-        Ok(Self { queue: Some(queue), writer: Some(writer), failures })
+        let stdout = stdout.map(|out| print(Box::new(out))).transpose()?;
+        let lines = stdout.as_ref().and_then(|lane| lane.queue.clone());
+        let file = Lane::start("resource-log", move |initiated| {
+            let line = Record::new(&hostname, &initiated).line();
+            if sink.write(&line).is_err() {
+                failed.inc();
+            }
+            if lines.as_ref().is_some_and(|lines| lines.try_send(line).is_err()) {
+                unqueued.inc();
+            }
+        })?;
+        Ok(Self { file, _stdout: stdout, failures })
     }
 
     pub(in crate::hub) fn record(&self, initiated: Initiated) {
-        let sent = self.queue.as_ref().is_some_and(|queue| queue.try_send(initiated).is_ok());
+        let sent = self.file.queue.as_ref().is_some_and(|queue| queue.try_send(initiated).is_ok());
         if !sent {
             self.failures.inc();
         }
     }
 }
 
-/// Writes what is queued before the process ends.
-impl Drop for ResourceLog {
+/// A thread behind a queue.
+#[derive(Debug)]
+struct Lane<T> {
+    queue: Option<SyncSender<T>>,
+    /// Never receives; closes when the thread has done everything. Only a drop looks: the lock is for `Sync`.
+    done: Mutex<mpsc::Receiver<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<T: Send + 'static> Lane<T> {
+    fn start(name: &str, mut work: impl FnMut(T) + Send + 'static) -> io::Result<Self> {
+        let (queue, items) = mpsc::sync_channel(QUEUE);
+        let (alive, done) = mpsc::channel();
+        let run = move || {
+            items.into_iter().for_each(&mut work);
+            drop(alive);
+        };
+        let thread = std::thread::Builder::new().name(name.into()).spawn(run)?;
+        Ok(Self { queue: Some(queue), done: Mutex::new(done), thread: Some(thread) })
+    }
+}
+
+/// Lets the thread finish what is queued. One that is stuck, as a pipe that nobody reads makes it, is left behind: the
+/// process ends.
+impl<T> Drop for Lane<T> {
     fn drop(&mut self) {
         self.queue = None;
-        if let Some(writer) = self.writer.take() {
+        match self.done.get_mut().unwrap_or_else(PoisonError::into_inner).recv_timeout(END_WAIT) {
+            Err(RecvTimeoutError::Timeout) => tracing::warn!("the last DeviceStreams records could not be written"),
             // A panic of the writer has been printed by the panic hook.
-            let _ = writer.join();
+            _ => drop(self.thread.take().map(JoinHandle::join)),
         }
     }
 }
@@ -190,48 +247,69 @@ struct Sink {
     config: ResourceLogConfig,
     file: File,
     size: u64,
+    /// The last record may be there in part.
+    is_torn: bool,
 }
 
 impl Sink {
     fn open(config: ResourceLogConfig) -> io::Result<Self> {
         let file = open_file(&config.file)?;
         let size = file.metadata()?.len();
-        Ok(Self { config, file, size })
+        // A hub that died may have left half a record. What cannot be read here may still be written.
+        let is_torn = size > 0 && ends_in_mid_line(&config.file, size).unwrap_or(false);
+        Ok(Self { config, file, size, is_torn })
     }
 
-    fn write(&mut self, record: &Record) -> io::Result<()> {
-        let mut line = serde_json::to_vec(record)?;
-        line.push(b'\n');
-        if self.config.stdout {
-            io::stdout().write_all(&line)?;
+    /// A rotation that fails is a failure, but none of the record's: it goes to the old file.
+    fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        let is_full = self.size > 0 && self.size + line.len() as u64 > self.config.max_size;
+        let rotated = if is_full { self.rotate() } else { Ok(()) };
+        self.append(line).and(rotated)
+    }
+
+    fn append(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.is_torn {
+            self.file.write_all(b"\n")?;
         }
-        if self.size > 0 && self.size + line.len() as u64 > self.config.max_size {
-            self.rotate()?;
-        }
+        self.is_torn = true;
+        self.file.write_all(line)?;
+        self.is_torn = false;
         self.size += line.len() as u64;
-        self.file.write_all(&line)
+        Ok(())
     }
 
     /// `file` becomes `file.1`, that `file.2`, and so on; the oldest goes.
     fn rotate(&mut self) -> io::Result<()> {
         let numbered = |number: u32| PathBuf::from(format!("{}.{number}", self.config.file.display()));
-        if self.config.keep == 0 {
-            std::fs::remove_file(&self.config.file)?;
+        let moved = if self.config.keep == 0 {
+            std::fs::remove_file(&self.config.file)
         } else {
-            for number in (1..self.config.keep).rev() {
-                // Most numbers do not exist yet.
-                let _ = std::fs::rename(numbered(number), numbered(number + 1));
+            // Only up to the first gap: a rotation that is tried again pushes nothing out.
+            let free = (1..self.config.keep).find(|number| !numbered(*number).exists()).unwrap_or(self.config.keep);
+            for number in (1..free).rev() {
+                std::fs::rename(numbered(number), numbered(number + 1))?;
             }
-            std::fs::rename(&self.config.file, numbered(1))?;
+            std::fs::rename(&self.config.file, numbered(1))
+        };
+        match moved {
+            // Somebody else moved it away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            moved => moved?,
         }
         self.file = open_file(&self.config.file)?;
-        self.size = 0;
+        (self.size, self.is_torn) = (0, false);
         Ok(())
     }
 }
 
 fn open_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path)
+}
+
+fn ends_in_mid_line(path: &Path, size: u64) -> io::Result<bool> {
+    let mut last = [0];
+    File::open(path)?.read_exact_at(&mut last, size.saturating_sub(1))?;
+    Ok(last != *b"\n")
 }
 
 /// The records of a log, oldest first, rotated files included. Lines that are no records are passed over: the last
@@ -288,6 +366,74 @@ mod tests {
         let raw = std::fs::read_to_string(folder.join("log")).unwrap();
         assert!(!raw.contains('\x1b'), "escapes stay escaped");
         assert_eq!(failures.get(), 0);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    fn scratch(name: &str) -> (PathBuf, ResourceLogConfig) {
+        let folder = std::env::temp_dir().join(format!("culvert-resource-log-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        let config = ResourceLogConfig { file: folder.join("log"), max_size: 1 << 20, keep: 3, stdout: true };
+        (folder, config)
+    }
+
+    /// Standard output of a process whose reader has stopped reading, or has left.
+    struct Pipe(Option<mpsc::Receiver<()>>);
+
+    impl io::Write for Pipe {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            if let Some(never) = &self.0 {
+                let _ = never.recv();
+            }
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_file_gets_its_records_whatever_becomes_of_standard_output() {
+        let (unstick, stuck) = mpsc::channel();
+        for pipe in [Pipe(None), Pipe(Some(stuck))] {
+            let (folder, config) = scratch("stdout");
+            let failures = IntCounter::new("failures", "failures").unwrap();
+            let log = ResourceLog::start(config.clone(), "hub.example".into(), failures.clone(), Some(pipe)).unwrap();
+            (0..6).for_each(|number| log.record(initiated(&format!("pump-{number}"))));
+            let begun = std::time::Instant::now();
+            drop(log);
+            assert!(begun.elapsed() < 2 * END_WAIT, "{:?}", begun.elapsed());
+            assert_eq!(read(&config).unwrap().len(), 6);
+            std::fs::remove_dir_all(folder).unwrap();
+        }
+        drop(unstick);
+    }
+
+    #[test]
+    fn half_a_record_spoils_no_other_and_a_failed_rotation_stops_nothing() {
+        let (folder, config) = scratch("torn");
+        let line = Record::new("hub.example", &initiated("pump")).line();
+        let mut sink = Sink::open(ResourceLogConfig { max_size: 3 * line.len() as u64, ..config.clone() }).unwrap();
+        sink.write(&line).unwrap();
+        // As a full disk leaves it.
+        sink.file.write_all(&line[..20]).unwrap();
+        sink.is_torn = true;
+        sink.write(&line).unwrap();
+        assert_eq!(read(&config).unwrap().len(), 2);
+        assert!(!Sink::open(config.clone()).unwrap().is_torn);
+        std::fs::write(folder.join("died"), &line[..20]).unwrap();
+        assert!(Sink::open(ResourceLogConfig { file: folder.join("died"), ..config.clone() }).unwrap().is_torn);
+        // A folder has the name.
+        std::fs::create_dir_all(folder.join("log.1/x")).unwrap();
+        std::fs::create_dir_all(folder.join("log.2/x")).unwrap();
+        std::fs::create_dir_all(folder.join("log.3/x")).unwrap();
+        for _ in 0..2 {
+            sink.write(&line).unwrap_or_default();
+        }
+        assert!(sink.write(&line).is_err(), "the rotation is a failure");
+        let text = std::fs::read_to_string(folder.join("log")).unwrap();
+        assert_eq!(text.lines().filter(|line| serde_json::from_str::<Record>(line).is_ok()).count(), 5);
         std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::{StreamExt as _, future::BoxFuture, stream};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -24,12 +24,16 @@ use crate::{
     base::Name,
     config::{ConnectMode, ForwardMode, ForwardRule, ServiceConfig},
     forward::{Inlet, InletDeps, Running, Step, plan},
+    transport::net::BindError,
 };
 
 /// How often what runs is compared with what is wanted: a taken port is tried again this soon.
 const PASS: Duration = Duration::from_secs(5);
 /// When the daemon stops, flows have this long to end by themselves. A service manager's default patience is 90 s.
 const STOP_DRAIN: Duration = Duration::from_secs(5);
+/// Listeners that are opened side by side. A look-up that was given up keeps one of tokio's 512 threads for blocking calls
+/// until the resolver gives up, too: with 30 s for that and 3 s for us, these are 160 at most.
+const OPENS: usize = 16;
 /// A new hub address or credential that does not work is tried again this often, beside the old one.
 const HUB_RETRY: Duration = Duration::from_secs(30);
 
@@ -68,7 +72,8 @@ impl Supervisor {
         let hub_of = desired.borrow_and_update().clone();
         let (running, draining) = (BTreeMap::new(), JoinSet::new());
         let mut supervisor = Self { shared, desired, inlets, running, draining, hub_of, trial: None, refused: None };
-        supervisor.pass().await;
+        let rules = supervisor.pass().await;
+        supervisor.open_all(rules).await;
         supervisor
     }
 
@@ -87,13 +92,19 @@ impl Supervisor {
                     continue;
                 }
             }
-            self.pass().await;
+            let rules = self.pass().await;
+            tokio::select! {
+                // A listener that is still being opened has no connections to lose.
+                () = shutdown.cancelled() => break,
+                () = self.open_all(rules) => {}
+            }
             self.follow_hub();
         }
         self.stop().await;
     }
 
-    async fn pass(&mut self) {
+    /// Does what takes no time, and yields the rules that lack a listener.
+    async fn pass(&mut self) -> Vec<ForwardRule> {
         let desired = self.desired.borrow_and_update().clone();
         let running: BTreeMap<Name, Running> = self
             .running
@@ -103,20 +114,33 @@ impl Supervisor {
                 (name.clone(), Running { rule: entry.rule.clone(), is_listening })
             })
             .collect();
+        let mut closed = Vec::new();
         for step in plan(&running, &desired.forwards) {
             match step {
                 Step::Close(name) => self.close(&name, &desired).await,
-                Step::Open(rule) => self.open(rule).await,
+                Step::Open(rule) => closed.push(rule),
                 Step::Retarget(rule) => self.retarget(rule),
             }
         }
         self.want_tunnels(&desired);
         self.publish();
+        closed
     }
 
-    async fn open(&mut self, rule: ForwardRule) {
+    /// Opens listeners side by side: a name that nobody resolves keeps no other rule waiting.
+    async fn open_all(&mut self, rules: Vec<ForwardRule>) {
+        let deps = &self.inlets.clone();
+        let open = |rule: ForwardRule| async { (Inlet::open(rule.clone(), deps.clone()).await, rule) };
+        let mut opening = stream::iter(rules).map(open).buffer_unordered(OPENS).ready_chunks(OPENS);
+        while let Some(opened) = opening.next().await {
+            opened.into_iter().for_each(|(inlet, rule)| self.opened(rule, inlet));
+            self.publish();
+        }
+    }
+
+    fn opened(&mut self, rule: ForwardRule, inlet: Result<Inlet, BindError>) {
         let before = self.running.remove(&rule.name).and_then(|entry| entry.problem);
-        let entry = match Inlet::open(rule.clone(), self.inlets.clone()).await {
+        let entry = match inlet {
             Ok(inlet) => {
                 info!(forward = %rule.name, device = %rule.identity(), target = %rule.target, "listening on {}", inlet.endpoint());
                 Entry { rule, inlet: Some(inlet), problem: None }

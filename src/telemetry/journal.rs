@@ -9,6 +9,8 @@ use std::{
     io,
     os::unix::net::UnixDatagram,
     path::PathBuf,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use tracing::{
@@ -34,10 +36,19 @@ const IDENTIFIER: &str = "culvert";
 /// kernel's `wmem_default`, 208 KiB), over which the journal wants a file descriptor instead.
 const MAX_VALUE: usize = 16 << 10;
 
-/// A layer that sends events to the journal.
+/// A journal that reads at all makes room within this time, after a burst that was longer than its queue. Whoever logs
+/// waits for it, so it is short.
+const BURST_WAIT: Duration = Duration::from_millis(20);
+
+/// A layer that sends events to the journal. A journal that does not read loses lines; it holds up nobody.
 pub(super) struct Journal {
+    /// Never waits.
     socket: UnixDatagram,
+    /// Waits for [`BURST_WAIT`].
+    patient: UnixDatagram,
     path: PathBuf,
+    /// Lines that were lost since the last one that got through.
+    lost: AtomicU64,
 }
 
 impl Journal {
@@ -47,11 +58,44 @@ impl Journal {
     }
 
     fn at(path: PathBuf) -> io::Result<Self> {
-        let socket = UnixDatagram::unbound()?;
-        // The journal ignores an empty datagram.
-        socket.send_to(&[], &path)?;
-        Ok(Self { socket, path })
+        let (socket, patient) = (UnixDatagram::unbound()?, UnixDatagram::unbound()?);
+        socket.set_nonblocking(true)?;
+        patient.set_write_timeout(Some(BURST_WAIT))?;
+        // The journal ignores an empty datagram. One whose queue is full is there.
+        match socket.send_to(&[], &path) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(Self { socket, patient, path, lost: AtomicU64::new(0) }),
+        }
     }
+
+    /// Sends a line, behind the number of those that were lost before it. A log line that is lost is no reason to do
+    /// anything else differently.
+    fn send(&self, datagram: &[u8]) {
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        if lost > 0 && self.socket.send_to(&loss(lost), &self.path).is_err() {
+            self.lost.fetch_add(lost + 1, Ordering::Relaxed);
+            return;
+        }
+        let sent = match self.socket.send_to(datagram, &self.path) {
+            // One that was stuck a moment ago gets no more of our time.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && lost == 0 => {
+                self.patient.send_to(datagram, &self.path)
+            }
+            done => done,
+        };
+        if sent.is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What the journal is told of lines that it did not take.
+fn loss(lines: u64) -> Vec<u8> {
+    let mut datagram = Vec::new();
+    put(&mut datagram, "PRIORITY", b"4");
+    put(&mut datagram, "SYSLOG_IDENTIFIER", IDENTIFIER.as_bytes());
+    put(&mut datagram, "MESSAGE", format!("log lines that the journal did not take in time: {lines}").as_bytes());
+    datagram
 }
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Journal {
@@ -87,8 +131,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Journal {
         }
         message += &told.text;
         put(&mut datagram, "MESSAGE", message.as_bytes());
-        // A log line that is lost is no reason to do anything else differently.
-        let _ = self.socket.send_to(&datagram, &self.path);
+        self.send(&datagram);
     }
 }
 
@@ -203,6 +246,33 @@ mod tests {
         assert_eq!(value("CULVERT_REASON"), Some("lost\nPRIORITY=0\u{1b}[2J"));
         assert_eq!(value("CULVERT_BYTES"), Some("7"));
         assert_eq!(fields.iter().filter(|field| field.0 == "PRIORITY").count(), 1);
+    }
+
+    #[test]
+    fn a_journal_that_does_not_read_holds_up_nobody_and_learns_what_it_missed() {
+        const LINES: u64 = 5000;
+        let path = std::env::temp_dir().join(format!("culvert-stuck-journal-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let journald = UnixDatagram::bind(&path).unwrap();
+        let (begun, mut bytes) = (std::time::Instant::now(), [0; 4096]);
+        let subscriber = tracing_subscriber::registry().with(Journal::at(path.clone()).unwrap());
+        let mut message = move || {
+            let length = journald.recv(&mut bytes).unwrap();
+            let fields = parse(&bytes[..length]);
+            fields.into_iter().find(|field| field.0 == "MESSAGE").map(|field| field.1)
+        };
+        tracing::subscriber::with_default(subscriber, || {
+            (0..LINES).for_each(|line| tracing::info!(line, "a line"));
+            assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+            assert_eq!(message(), None, "is it there?");
+            assert_eq!(message().unwrap(), "a line line=0");
+            tracing::info!("it reads again");
+        });
+        std::fs::remove_file(&path).unwrap();
+        let told = std::iter::from_fn(&mut message).find(|text| !text.starts_with("a line")).unwrap();
+        let lost: u64 =
+            told.strip_prefix("log lines that the journal did not take in time: ").unwrap().parse().unwrap();
+        assert!((1..LINES).contains(&lost), "{told}");
     }
 
     fn parse(mut datagram: &[u8]) -> Vec<(String, String)> {

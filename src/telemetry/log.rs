@@ -82,19 +82,37 @@ impl LogHandle {
 /// Starts logging to standard error (or the journal). Once per process.
 pub fn init(options: &LogOptions) -> Result<LogHandle, LogError> {
     let (filter, handle) = reload::Layer::new(parse_level(&options.level)?);
-    let output = output_layer(resolve(options.format))?;
+    let (output, fell_back) = open(options.format)?;
     tracing_subscriber::registry().with(filter).with(output).try_init().map_err(|_| LogError::Running)?;
+    if let Some(error) = fell_back {
+        tracing::warn!(%error, "the journal's socket cannot be reached; logging to standard error");
+    }
     Ok(LogHandle { filter: handle })
+}
+
+/// The output, and why it is not the journal if that was only the likeliest choice: without its socket, standard error
+/// still leads there.
+fn open(format: LogFormat) -> Result<(Output, Option<io::Error>), LogError> {
+    match (format, output_layer(resolve(format))) {
+        (LogFormat::Auto, Err(LogError::Journal(error))) => Ok((output_layer(LogFormat::Text)?, Some(error))),
+        (_, output) => Ok((output?, None)),
+    }
 }
 
 /// A bare level is for culvert's own events; libraries then speak up only to warn.
 fn parse_level(text: &str) -> Result<Targets, LogError> {
-    let error = || LogError::Level(text.into());
-    if let Ok(level) = text.parse::<Level>() {
-        return Ok(Targets::new().with_default(Level::WARN).with_target("culvert", level));
+    if let Ok(level) = text.trim().parse::<Level>() {
+        let quiet = Targets::new().with_default(Level::WARN).with_target("culvert", level);
+        return Ok(quiet.with_target(WARNS_IN_VAIN, Level::ERROR));
     }
-    text.parse().map(without_payload).map_err(|_| error())
+    // A blank would become part of a target's name, which then is nobody's.
+    let list = text.split(',').map(str::trim).collect::<Vec<_>>().join(",");
+    list.parse().map(without_payload).map_err(|_| LogError::Level(text.into()))
 }
+
+/// A library that warns of a watched folder that was removed, which is the operator's right and no matter: whoever asks
+/// for it by name gets it.
+const WARNS_IN_VAIN: &str = "notify";
 
 /// Libraries that print what they carry when they trace: tickets and tokens, and people's connections.
 const PRINTS_PAYLOAD: [&str; 2] = ["tungstenite", "tokio_tungstenite"];
@@ -110,7 +128,11 @@ fn without_payload(asked: Targets) -> Targets {
         (target, level)
     });
     // Later entries replace earlier ones of the same name.
-    Targets::new().with_default(default).with_targets(capped).with_targets(listed)
+    Targets::new()
+        .with_default(default)
+        .with_target(WARNS_IN_VAIN, default.min(LevelFilter::ERROR))
+        .with_targets(capped)
+        .with_targets(listed)
 }
 
 type Filtered = tracing_subscriber::layer::Layered<reload::Layer<Targets, Registry>, Registry>;
@@ -222,6 +244,16 @@ mod tests {
         let list = parse_level("info,culvert::hub=trace").unwrap();
         assert!(list.would_enable("culvert::hub", &Level::TRACE) && !list.would_enable("culvert", &Level::DEBUG));
         assert!(parse_level("culvert=loud").is_err());
+        let spaced = parse_level(" warn, culvert=debug ").unwrap();
+        assert!(spaced.would_enable("culvert::hub", &Level::DEBUG) && !spaced.would_enable("hyper", &Level::INFO));
+        assert!(parse_level("info ").is_ok());
+    }
+
+    #[test]
+    fn a_removed_folder_is_no_warning_unless_it_is_asked_for() {
+        let warns = |level: &str| parse_level(level).unwrap().would_enable("notify::inotify", &Level::WARN);
+        assert!(!warns("info") && !warns("info,culvert=debug"));
+        assert!(warns("info,notify=warn"));
     }
 
     #[test]

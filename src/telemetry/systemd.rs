@@ -16,6 +16,12 @@ use tokio_util::sync::CancellationToken;
 
 /// Checks per watchdog period: systemd's manual advises half the period; a third leaves room for one late turn.
 const CHECKS_PER_PERIOD: u32 = 3;
+/// Turns of an idle loop per watchdog period: more than checks, so that none finds it between two turns.
+const TURNS_PER_PERIOD: u32 = 4;
+/// How often an idle loop turns when no watchdog asks for more.
+const TURN_EVERY: Duration = Duration::from_secs(2);
+/// What a stop may take beyond the drain that was configured: everything else has limits of seconds.
+const STOP_MARGIN: Duration = Duration::from_secs(15);
 
 /// Start-up is done: the configuration is valid, listeners were tried, loops run.
 pub fn ready(status: &str) {
@@ -35,9 +41,12 @@ pub fn status(status: &str) {
     send(&[NotifyState::Status(status)]);
 }
 
-/// The daemon winds down.
-pub fn stopping() {
-    send(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
+/// The daemon winds down, and may take as long as its connections may: the unit's `TimeoutStopSec=` holds for what is
+/// shorter.
+pub fn stopping(drain: Duration) {
+    let limit = drain.saturating_add(STOP_MARGIN).as_micros();
+    let extended = format!("EXTEND_TIMEOUT_USEC={limit}");
+    send(&[NotifyState::Stopping, NotifyState::Status("stopping"), NotifyState::Custom(&extended)]);
 }
 
 fn send(states: &[NotifyState<'_>]) {
@@ -64,8 +73,8 @@ impl Loops {
     }
 
     /// How often an idle loop turns.
-    pub const fn turn_every() -> Duration {
-        Duration::from_secs(2)
+    pub fn turn_every() -> Duration {
+        turn_every(sd_notify::watchdog_enabled())
     }
 
     /// True if each loop has turned since the last call; marks them for the next.
@@ -82,6 +91,11 @@ impl Beat {
     pub fn turned(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+fn turn_every(watchdog: Option<Duration>) -> Duration {
+    let asked = watchdog.map_or(TURN_EVERY, |period| period / TURNS_PER_PERIOD);
+    asked.clamp(Duration::from_millis(1), TURN_EVERY)
 }
 
 /// Feeds the service manager's watchdog, if it asked for one, for as long as all the loops turn.
@@ -105,6 +119,15 @@ pub async fn feed_watchdog(loops: Loops, shutdown: CancellationToken) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loops_turn_more_often_than_they_are_looked_at() {
+        assert_eq!(turn_every(None), TURN_EVERY);
+        assert_eq!(turn_every(Some(Duration::from_secs(30))), TURN_EVERY);
+        let period = Duration::from_secs(2);
+        assert!(turn_every(Some(period)) < period / CHECKS_PER_PERIOD);
+        assert!(!turn_every(Some(Duration::ZERO)).is_zero());
+    }
 
     #[test]
     fn one_stuck_loop_starves_the_watchdog_until_it_turns_or_ends() {

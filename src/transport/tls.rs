@@ -228,8 +228,8 @@ fn add_all(store: &mut RootCertStore, all: Vec<CertificateDer<'static>>, path: P
 }
 
 /// All certificates of a PEM file; at least one.
-fn read_certificates(path: &PathBuf) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let text = std::fs::read(path).map_err(|source| TlsError::Read { path: path.clone(), source })?;
+fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let text = std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })?;
     parse_certificates(&text, path)
 }
 
@@ -245,11 +245,11 @@ fn parse_certificates(text: &[u8], path: &Path) -> Result<Vec<CertificateDer<'st
 }
 
 /// The private key of a PEM file.
-fn read_key(path: &PathBuf) -> Result<PrivateKeyDer<'static>, TlsError> {
-    let text = std::fs::read(path).map_err(|source| TlsError::Read { path: path.clone(), source })?;
+fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    let text = std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })?;
     let text = zeroize::Zeroizing::new(text);
     PrivateKeyDer::from_pem_slice(&text).map_err(|_| TlsError::Content {
-        path: path.clone(),
+        path: path.to_owned(),
         problem: "holds no private key (no \"BEGIN PRIVATE KEY\"; encrypted keys are not supported)".into(),
     })
 }

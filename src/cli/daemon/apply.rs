@@ -3,7 +3,10 @@
 //! Owns the configuration in force. Does not know how the files were read or how a role takes it.
 //! Invariant: what is in force was valid as a whole; a refused file changes one log line and one metric.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use super::{Daemon, Running, Settings};
 use crate::{
@@ -13,6 +16,9 @@ use crate::{
 
 /// The configuration that a daemon runs with, for whoever compares with it.
 pub(super) type InForce<C> = Arc<Mutex<C>>;
+
+/// The files are valid, but the role could not take them up: the next load is a change again.
+pub(super) struct RoleRefused;
 
 /// Applies what the reloader found.
 pub(super) struct Applier<C> {
@@ -36,21 +42,25 @@ impl<C: Changes + Clone> Applier<C> {
     }
 
     /// Takes a new configuration up, or tells why not.
-    pub(super) fn apply(&self, reload: Reload<C>) {
+    pub(super) fn apply(&self, reload: Reload<C>) -> Result<(), RoleRefused> {
         match reload.outcome {
             Loading::Changed { config, warnings } => {
                 warn(&warnings);
-                self.change_to(*config);
+                self.change_to(*config)
             }
             Loading::Unchanged => {
                 self.metrics.reload_succeeded();
                 tracing::info!("the configuration is what it was");
+                Ok(())
             }
-            Loading::Invalid(error) => self.refuse(&error),
+            Loading::Invalid(error) => {
+                self.refuse(&error);
+                Ok(())
+            }
         }
     }
 
-    fn change_to(&self, wanted: C) {
+    fn change_to(&self, wanted: C) -> Result<(), RoleRefused> {
         let running = self.current();
         let changes = running.changes(&wanted);
         let next = wanted.without_restart(&running);
@@ -59,13 +69,14 @@ impl<C: Changes + Clone> Applier<C> {
         {
             self.metrics.reload_failed();
             tracing::error!("{error:#}; the daemon goes on with the last good configuration");
-            return;
+            return Err(RoleRefused);
         }
         if let Err(error) = self.log.set_level((self.settings)(&next).log.level.as_str()) {
             tracing::warn!(%error, "the log level stays");
         }
         *self.in_force.lock().unwrap_or_else(PoisonError::into_inner) = next;
         self.tell(&changes);
+        Ok(())
     }
 
     fn tell(&self, changes: &[Change]) {
@@ -87,6 +98,11 @@ impl<C: Changes + Clone> Applier<C> {
             tracing::error!("{problem}");
         }
         tracing::error!("the configuration is refused; the daemon goes on with the last good one");
+    }
+
+    /// How long a stop may take by the configuration in force.
+    pub(super) fn drain(&self) -> Duration {
+        (self.settings)(&self.current()).drain
     }
 
     fn current(&self) -> C {

@@ -5,7 +5,7 @@
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::Path,
 };
@@ -34,12 +34,14 @@ pub(super) struct StateLock {
 }
 
 /// Makes the state folder and the one for the control socket (systemd makes them for the units, nobody for people),
-/// and takes the first.
+/// and takes the first. Without the second only those who would ask the daemon go without.
 pub(super) fn take(role: Role, settings: &Settings<'_>) -> Outcome<StateLock> {
-    let sockets = settings.control_socket.and_then(Path::parent).map(|folder| ("the folder of control_socket", folder));
-    for (key, folder) in std::iter::once(("state_dir", settings.state_dir)).chain(sockets) {
-        let made = DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder);
-        made.with_context(|| format!("{key}, {}", folder.display())).map_err(Failure::unavailable)?;
+    let named = || format!("state_dir, {}", settings.state_dir.display());
+    make(settings.state_dir).with_context(named).map_err(Failure::unavailable)?;
+    if let Some(folder) = settings.control_socket.and_then(Path::parent)
+        && let Err(error) = make(folder)
+    {
+        tracing::warn!(%error, "the folder of control_socket, {}, cannot be made", folder.display());
     }
     let file = match role {
         // It reads its registry once: what another one changes there it would never see.
@@ -48,6 +50,10 @@ pub(super) fn take(role: Role, settings: &Settings<'_>) -> Outcome<StateLock> {
         Role::Device | Role::Service => None,
     };
     Ok(StateLock { _file: file })
+}
+
+fn make(folder: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder)
 }
 
 /// Nothing on a file system without locks, or where the file cannot be written: then the registry cannot be, either.
@@ -80,6 +86,26 @@ fn taken(folder: &Path, file: &File) -> anyhow::Error {
 mod tests {
     use super::*;
     use std::fs;
+
+    #[test]
+    fn a_daemon_starts_without_a_folder_for_its_control_socket() {
+        let folder = std::env::temp_dir().join(format!("culvert-folders-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("file"), "").unwrap();
+        let (metrics, log) = (crate::config::DeviceConfig::default_metrics(), crate::config::LogConfig::default());
+        let (socket, impossible) = (folder.join("file/run/device.sock"), folder.join("file/state"));
+        let mut settings = Settings {
+            metrics: &metrics,
+            log: &log,
+            control_socket: Some(&socket),
+            state_dir: &folder,
+            drain: std::time::Duration::ZERO,
+        };
+        assert!(take(Role::Device, &settings).is_ok());
+        settings.state_dir = &impossible;
+        assert!(take(Role::Device, &settings).is_err());
+        fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn a_state_folder_has_one_hub() {

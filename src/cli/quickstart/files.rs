@@ -161,27 +161,31 @@ fn append(path: &Path, text: &str) -> anyhow::Result<()> {
 }
 
 /// What a person can do now.
-pub(super) fn print_what_to_try(dir: &Path, config: &ServiceConfig) {
+pub(super) fn what_to_try(dir: &Path, config: &ServiceConfig) -> String {
     let dir = dir.display();
     let listen = |name: &str| {
         let rule = config.forwards.iter().find(|rule| rule.name.as_str() == name)?;
         Some((rule.listen.host()?.to_owned(), rule.listen.port()?))
     };
-    println!("\nHub, device and service are running, on loopback only. Try, in another terminal:\n");
+    let mut lines =
+        vec!["\nHub, device and service are running, on loopback only. Try, in another terminal:\n".to_owned()];
     if let Some((host, port)) = listen(WEB) {
-        println!("    curl http://{host}:{port}/");
+        lines.push(format!("    curl http://{host}:{port}/"));
     }
     if let Some((host, port)) = listen(SSH) {
-        println!("    ssh -p {port} {host}");
-        println!("    ssh -o ProxyCommand='culvert connect --config {dir}/service.toml %n ssh' {DEVICE}");
+        lines.push(format!("    ssh -p {port} {host}"));
+        lines.push(format!("    ssh -o ProxyCommand='culvert connect --config {dir}/service.toml %n ssh' {DEVICE}"));
     }
-    println!(
+    lines.push(format!(
         "    culvert connect --config {dir}/service.toml {DEVICE} web      # type: GET / HTTP/1.0 and two returns"
-    );
-    println!("    culvert registry --connection-string-file {dir}/{OWNER_FILE} list");
-    println!("    culvert logs --config {dir}/hub.toml");
+    ));
+    lines.push(format!("    culvert registry --connection-string-file {dir}/{OWNER_FILE} list"));
+    lines.push(format!("    culvert logs --config {dir}/hub.toml"));
     if let Some(metrics) = config.metrics.listen {
-        println!("    curl http://{metrics}/metrics");
+        lines.push(format!("    curl http://{metrics}/metrics"));
     }
-    println!("\nThe files are in {dir}; edit service.toml while it runs, and see what changes. Ctrl-C ends it.\n");
+    lines.push(format!(
+        "\nThe files are in {dir}; edit service.toml while it runs, and see what changes. Ctrl-C ends it.\n"
+    ));
+    lines.join("\n")
 }

@@ -193,6 +193,7 @@ fn a_device_exposes_only_what_is_safe_and_unambiguous() {
     for (text, reason) in [
         (target("address = \"169.254.169.254:80\""), "link-local"),
         (target("address = \"[fe80::1%eth0]:80\""), "link-local"),
+        (target("address = \"[::ffff:169.254.169.254]:80\""), "link-local"),
         (target("address = \"127.0.0.1:0\""), "port 0"),
         (target("address = \"h:1\"\npolicies = []"), "nobody could use"),
         (target("address = \"h:1\"").replace("\"a\"", "\"culvert-mux-1\""), "culvert's own"),
@@ -249,6 +250,7 @@ fn a_hub_without_credentials_or_with_a_foreign_key_is_refused() {
     check(format!("listen = []\n{tls}{policy}"), "unreachable");
     check(format!("listen = [\"0.0.0.0:443\", \"0.0.0.0:443\"]\n{tls}{policy}"), "used twice");
     check(format!("public_url = \"http://h\"\n{tls}{policy}"), "not a URL");
+    check(format!("{tls}{policy}[resource_log]\nkeep = 4294967295\n"), "at most 1000");
     check(format!("{tls}{policy}").replace("hub.example.com", "https://hub"), "not a host name");
     let (_, other) = crate::config::scratch::certificate();
     scratch.write("tls/hub.key", other);

@@ -121,11 +121,12 @@ fn check_address(section: &Section<'_>, address: &TargetAddress, allow_link_loca
     if address.port() == Some(0) {
         section.problem("address", "has port 0, which nothing listens on");
     }
-    let link_local = match address.host().and_then(|host| host.split('%').next()).map(str::parse) {
-        Some(Ok(IpAddr::V4(ip))) => ip.is_link_local(),
-        Some(Ok(IpAddr::V6(ip))) => ip.is_unicast_link_local(),
-        _ => false,
-    };
+    let literal = address.host().and_then(|host| host.split('%').next()?.parse::<IpAddr>().ok());
+    // The kernel connects to an IPv4 address in IPv6's spelling, too.
+    let link_local = literal.is_some_and(|ip| match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    });
     if link_local && !allow_link_local {
         section
             .problem("address", "is link-local, where clouds keep credentials; say allow_link_local = true if meant");

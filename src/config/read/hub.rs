@@ -157,6 +157,9 @@ fn resource_log(root: &Section<'_>, default: ResourceLogConfig) -> ResourceLogCo
     section.set("file", &mut log.file);
     section.set_size("max_size", MIN_RESOURCE_LOG, &mut log.max_size);
     section.set("keep", &mut log.keep);
+    if log.keep > ResourceLogConfig::MAX_KEEP {
+        section.problem("keep", format!("must be at most {}", ResourceLogConfig::MAX_KEEP));
+    }
     section.set("stdout", &mut log.stdout);
     section.finish();
     log

@@ -66,13 +66,30 @@ fn forwards(root: &Section<'_>) -> Vec<ForwardRule> {
 }
 
 /// True if one listener keeps the other from binding: the same address, or the same port and one of them on all
-/// addresses.
+/// addresses of the other's family.
 fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
-    let wildcard = |host: Option<&str>| matches!(host, Some("0.0.0.0" | "::"));
     match (a.port(), b.port()) {
         (None, None) => a == b,
         (Some(0), _) | (_, Some(0)) => false,
-        (port, other) => port == other && (a.host() == b.host() || wildcard(a.host()) || wildcard(b.host())),
+        (port, other) => port == other && hosts_clash(a.host().unwrap_or_default(), b.host().unwrap_or_default()),
+    }
+}
+
+/// What a name stands for is not known here; a listener on all addresses has it in any case that matters.
+fn hosts_clash(a: &str, b: &str) -> bool {
+    // The zone of a link-local address says which link: the same address on another one is another.
+    let parsed = |host: &str| {
+        let (address, zone) = host.split_once('%').unwrap_or((host, ""));
+        Some((address.parse::<IpAddr>().ok()?, zone.to_owned()))
+    };
+    let is_everywhere = |address: &IpAddr| address.is_unspecified();
+    match (parsed(a), parsed(b)) {
+        (Some((a, zone)), Some((b, other))) => {
+            let family = a.is_ipv4() == b.is_ipv4();
+            (a == b && zone == other) || (family && (is_everywhere(&a) || is_everywhere(&b)))
+        }
+        (Some((address, _)), None) | (None, Some((address, _))) => is_everywhere(&address),
+        (None, None) => a.eq_ignore_ascii_case(b),
     }
 }
 
@@ -167,7 +184,15 @@ mod tests {
         let clash = |a: &str, b: &str| super::clash(&a.parse().unwrap(), &b.parse().unwrap());
         assert!(clash("127.0.0.1:22", "127.0.0.1:22"));
         assert!(clash("0.0.0.0:22", "127.0.0.1:22"));
-        assert!(clash("127.0.0.1:22", "[::]:22"));
+        assert!(clash("[::1]:22", "[::]:22"));
+        assert!(clash("[::1]:22", "[0:0:0:0:0:0:0:1]:22"));
+        assert!(clash("localhost:22", "[::]:22") && clash("0.0.0.0:22", "localhost:22"));
+        assert!(clash("localhost:22", "LocalHost:22"));
+        assert!(clash("[fe80::1%eth0]:22", "[::]:22"));
+        assert!(!clash("0.0.0.0:22", "[::]:22"));
+        assert!(!clash("0.0.0.0:22", "[::1]:22") && !clash("127.0.0.1:22", "[::]:22"));
+        assert!(!clash("0.0.0.0:22", "[fe80::1%eth0]:22"));
+        assert!(!clash("[fe80::1%eth0]:22", "[fe80::1%eth1]:22"));
         assert!(clash("unix:/a", "unix:/a"));
         assert!(!clash("127.0.0.1:22", "127.0.0.2:22"));
         assert!(!clash("127.0.0.1:22", "[::1]:22"));

@@ -79,6 +79,20 @@ async fn a_file_renamed_over_the_old_one_twice() {
 }
 
 #[tokio::test]
+async fn what_was_not_applied_is_offered_again() {
+    let (scratch, mut reloader) = world();
+    scratch.write("service.toml", main_file(&["b"]));
+    expect(&mut reloader, &["b"]).await;
+    reloader.not_applied();
+    reloader.poker().poke();
+    let reload = next(&mut reloader).await;
+    assert!(matches!(reload.outcome, Outcome::Changed { .. }), "{reload:?}");
+    reloader.poker().poke();
+    let reload = next(&mut reloader).await;
+    assert!(matches!(reload.outcome, Outcome::Unchanged), "{reload:?}");
+}
+
+#[tokio::test]
 async fn a_file_written_in_place() {
     let (scratch, mut reloader) = world();
     scratch.write("service.toml", main_file(&["b"]));

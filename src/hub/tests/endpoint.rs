@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::{
     },
 };
 
-use super::support::{TestHub, Ws, closed, key, next, send};
+use super::support::{HOST, TestHub, Ws, closed, key, next, send};
 
 /// Receives until `length` bytes have come; checks every message's size.
 async fn receive(ws: &mut Ws, length: usize) -> Vec<u8> {
@@ -314,6 +314,24 @@ async fn revocation_ends_bridges_at_once() {
     hub.handle.reconfigure(config).unwrap();
     assert_eq!(closed(&mut service_leg).await, (1008, "revoked".into()));
     drop((service_leg, device_leg));
+    hub.stopped().await;
+}
+
+#[tokio::test]
+async fn a_certificate_in_other_files_is_taken_up_although_the_former_files_are_gone() {
+    let hub = TestHub::start().await;
+    let mut config = hub.config.clone();
+    let former = [config.tls.certificate.path.clone(), config.tls.private_key.path.clone()];
+    let made = rcgen::generate_simple_self_signed([HOST.to_owned()]).unwrap();
+    config.tls.certificate.path = hub.folder.join("moved.pem");
+    config.tls.private_key.path = hub.folder.join("moved.key");
+    std::fs::write(&config.tls.certificate.path, made.cert.pem()).unwrap();
+    std::fs::write(&config.tls.private_key.path, made.signing_key.serialize_pem()).unwrap();
+    former.iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    config.policies.retain(|policy| policy.name.as_str() != "weak");
+    hub.handle.reconfigure(config.clone()).unwrap();
+    assert_eq!(hub.handle.tls.leaf(), *made.cert.der());
+    assert!(hub.handle.shared.config().policy(&"weak".parse().unwrap()).is_none());
     hub.stopped().await;
 }
 

@@ -12,12 +12,18 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, SockRef, Type};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::timeout,
+};
 
 use super::{Endpoint, Socket, tune_flow};
 
 /// Connections that wait to be accepted: bursts of hundreds are normal for HTTP forwards.
 const BACKLOG: i32 = 1024;
+/// A name to listen on is one of this machine's, from the hosts file or a resolver nearby: one that answers later is
+/// asked again at the next try.
+const RESOLVE: Duration = Duration::from_secs(3);
 /// The pause after a failed accept doubles from here...
 const MIN_PAUSE: Duration = Duration::from_millis(10);
 /// ...to here: a freed descriptor is used within a second.
@@ -41,6 +47,9 @@ pub enum BindError {
     /// The host name of the address could not be resolved.
     #[error("cannot listen on {0}: the name has no address")]
     Unresolved(Endpoint),
+    /// Nobody answered what the host name's address is.
+    #[error("cannot listen on {0}: the name was not resolved within {limit} s", limit = RESOLVE.as_secs())]
+    Resolving(Endpoint),
     /// Anything else.
     #[error("cannot listen on {endpoint}: {problem}")]
     Other {
@@ -105,10 +114,7 @@ impl Listener {
     pub async fn bind(endpoint: &Endpoint, unix_mode: u32) -> Result<Self, BindError> {
         let kind = match endpoint {
             Endpoint::Tcp { host, port } => {
-                let mut found = tokio::net::lookup_host((host.as_str(), *port))
-                    .await
-                    .map_err(|_| BindError::Unresolved(endpoint.clone()))?;
-                let address = found.next().ok_or_else(|| BindError::Unresolved(endpoint.clone()))?;
+                let address = first_of(tokio::net::lookup_host((host.as_str(), *port)), endpoint).await?;
                 Kind::Tcp(bind_tcp(address).map_err(|source| BindError::new(endpoint, source))?)
             }
             Endpoint::Unix(path) => bind_unix(path, unix_mode, endpoint)?,
@@ -170,6 +176,15 @@ impl Drop for Listener {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// The first address that the look-up yields, in time.
+async fn first_of<A: Iterator<Item = SocketAddr>>(
+    lookup: impl Future<Output = io::Result<A>>,
+    endpoint: &Endpoint,
+) -> Result<SocketAddr, BindError> {
+    let found = timeout(RESOLVE, lookup).await.map_err(|_| BindError::Resolving(endpoint.clone()))?;
+    found.ok().and_then(|mut found| found.next()).ok_or_else(|| BindError::Unresolved(endpoint.clone()))
 }
 
 fn is_clients_fault(error: &io::Error) -> bool {
@@ -295,6 +310,14 @@ mod tests {
         );
         let foreign = Listener::bind(&"192.0.2.1:0".parse().unwrap(), 0).await.unwrap_err();
         assert!(matches!(foreign, BindError::NotLocal(_)), "{foreign}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_nobody_resolves_is_given_up_soon() {
+        let endpoint = "nas.example:8080".parse().unwrap();
+        let lookup = std::future::pending::<io::Result<std::vec::IntoIter<SocketAddr>>>();
+        let error = first_of(lookup, &endpoint).await.unwrap_err();
+        assert_eq!(error.to_string(), "cannot listen on nas.example:8080: the name was not resolved within 3 s");
     }
 
     #[tokio::test]

@@ -53,23 +53,20 @@ impl Acceptor {
 /// A server certificate from files, exchangeable while connections run. Clones share it.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
-    certificate_file: PathBuf,
-    private_key_file: PathBuf,
     live: Arc<LiveCertificate>,
 }
 
 impl ServerTls {
     /// Reads a certificate chain (leaf first) and its key from PEM files.
-    pub fn load(certificate_file: PathBuf, private_key_file: PathBuf) -> Result<Self, TlsError> {
-        let key = read_certified_key(&certificate_file, &private_key_file)?;
-        let live = Arc::new(LiveCertificate(RwLock::new(Arc::new(key))));
-        Ok(Self { certificate_file, private_key_file, live })
+    pub fn load(certificate_file: &Path, private_key_file: &Path) -> Result<Self, TlsError> {
+        let key = read_certified_key(certificate_file, private_key_file)?;
+        Ok(Self { live: Arc::new(LiveCertificate(RwLock::new(Arc::new(key)))) })
     }
 
-    /// Reads the files again. New connections get the new certificate; on an error nothing changes.
-    /// True if the certificate is another one than before.
-    pub fn reload(&self) -> Result<bool, TlsError> {
-        let key = Arc::new(read_certified_key(&self.certificate_file, &self.private_key_file)?);
+    /// Reads these files, the same as before or others. New connections get the new certificate; on an error nothing
+    /// changes. True if the certificate is another one than before.
+    pub fn reload(&self, certificate_file: &Path, private_key_file: &Path) -> Result<bool, TlsError> {
+        let key = Arc::new(read_certified_key(certificate_file, private_key_file)?);
         let mut live = self.live.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         let changed = live.cert != key.cert;
         *live = key;
@@ -124,11 +121,11 @@ impl ServerTls {
     }
 }
 
-fn read_certified_key(certificate_file: &PathBuf, private_key_file: &PathBuf) -> Result<CertifiedKey, TlsError> {
+fn read_certified_key(certificate_file: &Path, private_key_file: &Path) -> Result<CertifiedKey, TlsError> {
     let chain = read_certificates(certificate_file)?;
     let key = read_key(private_key_file)?;
     CertifiedKey::from_der(chain, key, &provider()).map_err(|source| TlsError::Content {
-        path: private_key_file.clone(),
+        path: private_key_file.to_owned(),
         problem: format!("does not fit {}: {source}", certificate_file.display()),
     })
 }

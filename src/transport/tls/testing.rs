@@ -53,7 +53,7 @@ impl Authority {
     /// A server certificate for these names.
     pub(crate) fn server(&self, names: &[&str]) -> ServerTls {
         let files = self.issue(names, |_| {});
-        ServerTls::load(files.certificate_file, files.private_key_file).unwrap()
+        ServerTls::load(&files.certificate_file, &files.private_key_file).unwrap()
     }
 
     /// A certificate and its key, in files that the next call overwrites.

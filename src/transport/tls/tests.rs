@@ -15,7 +15,7 @@ async fn handshake(
 }
 
 async fn refusal(client: &ClientTls, host: &str, files: ClientCertificate) -> String {
-    let server = ServerTls::load(files.certificate_file, files.private_key_file).unwrap();
+    let server = ServerTls::load(&files.certificate_file, &files.private_key_file).unwrap();
     let error = handshake(client, host, &server).await.0.unwrap_err();
     assert!(!error.is_path_failure(), "{error}");
     error.to_string()
@@ -104,7 +104,7 @@ fn a_server_knows_what_its_clients_will_say() {
     let authority = Authority::new();
     let complaint = |names: &[&str], to: i32, host: &str| {
         let files = authority.issue(names, |params| params.not_after = date_time_ymd(to, 2, 28));
-        let server = ServerTls::load(files.certificate_file, files.private_key_file).unwrap();
+        let server = ServerTls::load(&files.certificate_file, &files.private_key_file).unwrap();
         server.complaint(host)
     };
     assert_eq!(complaint(&["hub.test"], 2090, "hub.test"), None);
@@ -116,7 +116,7 @@ fn a_server_knows_what_its_clients_will_say() {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
             params.not_after = date_time_ymd(1970, 1, 1) + now + std::time::Duration::from_hours(7 * 24 + 12);
         });
-        ServerTls::load(files.certificate_file, files.private_key_file).unwrap().complaint("hub.test").unwrap()
+        ServerTls::load(&files.certificate_file, &files.private_key_file).unwrap().complaint("hub.test").unwrap()
     };
     assert!(soon.ends_with(", in 7 days: renew it"), "{soon}");
     let other = complaint(&["other.test"], 2090, "hub.test").unwrap();
@@ -130,7 +130,7 @@ async fn a_certificate_from_the_future_hints_at_the_clock() {
         params.not_before = date_time_ymd(2090, 1, 1);
         params.not_after = date_time_ymd(2099, 1, 1);
     });
-    let server = ServerTls::load(files.certificate_file, files.private_key_file).unwrap();
+    let server = ServerTls::load(&files.certificate_file, &files.private_key_file).unwrap();
     let error = handshake(&authority.client(), "hub.test", &server).await.0.unwrap_err();
     let HandshakeError::Certificate(problem) = &error else { panic!("{error}") };
     assert!(problem.is_about_time());
@@ -210,18 +210,19 @@ async fn a_renewed_certificate_serves_new_connections_and_a_broken_one_changes_n
     let authority = Authority::new();
     let server = authority.server(&["hub.test"]);
     let before = server.leaf();
-    assert!(!server.reload().unwrap(), "the same files");
     let files = authority.issue(&["hub.test"], |_| {});
-    assert!(server.reload().unwrap());
+    let reload = || server.reload(&files.certificate_file, &files.private_key_file);
+    assert!(reload().unwrap());
+    assert!(!reload().unwrap(), "the same files");
     assert_ne!(server.leaf(), before);
     handshake(&authority.client(), "hub.test", &server).await.0.unwrap();
     let after = server.leaf();
 
     std::fs::write(&files.private_key_file, "nonsense").unwrap();
-    let error = server.reload().unwrap_err().to_string();
+    let error = reload().unwrap_err().to_string();
     assert!(error.contains("leaf.key: holds no private key"), "{error}");
     std::fs::write(&files.private_key_file, rcgen::KeyPair::generate().unwrap().serialize_pem()).unwrap();
-    let error = server.reload().unwrap_err().to_string();
+    let error = reload().unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
     assert_eq!(server.leaf(), after);
 }
