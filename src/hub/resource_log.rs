@@ -44,7 +44,7 @@ pub(in crate::hub) struct Initiated {
     pub(in crate::hub) policy: Name,
     pub(in crate::hub) api_version: String,
     pub(in crate::hub) took: Duration,
-    /// accepted, rejected, or an error's name.
+    /// accepted, rejected, abandoned (the service left), or an error's name.
     pub(in crate::hub) result: &'static str,
     /// The error's six-digit code.
     pub(in crate::hub) code: Option<u32>,
@@ -101,7 +101,7 @@ pub struct Properties {
     pub direction: String,
     /// The policy that asked.
     pub policy: String,
-    /// accepted, rejected, or the error's name.
+    /// accepted, rejected, abandoned (the service left), or the error's name.
     pub result: String,
     /// Why the device rejected.
     #[serde(skip_serializing_if = "Option::is_none", default)]
