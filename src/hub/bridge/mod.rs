@@ -411,11 +411,13 @@ impl Life {
         let mut relay = Relay::new(service, device, inner.pool.clone(), counters);
         let pause = inner.stall.saturating_mul(ABANDONED).min(MOST_ABANDONED);
         let mut looks = interval_at(Instant::now() + pause, pause);
+        // A mux reads whatever its applications do, and what it lacks its link sends again: one that takes nothing is gone.
+        let rest = if self.about.is_mux() { inner.stall } else { pause };
         let verdict = loop {
             tokio::select! {
                 biased;
                 stopped = stopped(&mut stop) => break Verdict::of_stop(stopped, inner.stall),
-                side = relay.run() => break Verdict::of_end(side, &relay, [inner.stall, pause]),
+                side = relay.run() => break Verdict::of_end(side, &relay, [inner.stall, rest]),
                 // Its receiver has had this pause.
                 _ = looks.tick() => if let Some(side) = relay.abandoned() {
                     break Verdict::of_end(side, &relay, [inner.stall; 2]);
