@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     args::{ConnectArgs, Role},
+    daemon::Daemon,
     exit::{Failure, Outcome},
     places,
 };
@@ -78,7 +79,7 @@ fn own_config(args: &ConnectArgs) -> Outcome<ServiceConfig> {
 async fn alone(args: &ConnectArgs, config: ServiceConfig, request: Request) -> Outcome {
     let state = StateDir::new().map_err(Failure::unavailable)?;
     let config = ServiceConfig { forwards: Vec::new(), state_dir: state.0.clone(), control_socket: None, ..config };
-    let service = Service::bind(config, &Registry::new()).await.map_err(Failure::config)?;
+    let service = <Service as Daemon>::bind(config, &Registry::new()).await?;
     let handle = service.handle();
     let shutdown = CancellationToken::new();
     let mut running = JoinSet::new();
