@@ -36,6 +36,8 @@ use crate::{
 
 /// How long channels have to notice that their mux is gone; they only have to close their sockets.
 const CHANNELS_END: Duration = Duration::from_secs(5);
+/// The same while the mux waits for them with its goodbye: one that hangs learns it from the mux.
+const CHANNELS_STOP: Duration = Duration::from_secs(1);
 /// What a service daemon hears whose place was taken by another one that says it is the same.
 const TWIN: &str = "another service daemon with the same instance ID took its place; was its state_dir copied?";
 /// A new link that hears nothing of its service for so long ends, and has taken nobody's place: the service gave its
@@ -243,10 +245,12 @@ impl MuxLegs {
             self.report_lost(key);
         }
         if ended.is_none() {
+            cut.cancel();
             if lost.is_none() {
+                // First, so that they end as what they are: stopped, not lost with their session.
+                let _ = timeout(CHANNELS_STOP, async { while channels.join_next().await.is_some() {} }).await;
                 end_session(&mux, driver.as_mut(), link.as_ref()).await;
             }
-            cut.cancel();
         }
         if let Some(link) = &link {
             link.say_goodbye("the device ends the device stream").await;

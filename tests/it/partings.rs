@@ -84,6 +84,7 @@ fn a_device_that_stops_is_heard_through_a_stream_that_is_full() {
         client.read_exact(&mut [0; 300_000]).unwrap();
         assert_eq!(world.device.stop(), Some(0));
         assert_eq!(read_to_end(&mut client).1, End::Reset);
+        world.device.wait_for_line(&["connection ended", "reason=\"stopped\""]);
         world.device.start_again();
         world.wait_until_usable();
     }
