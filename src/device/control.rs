@@ -322,11 +322,14 @@ impl Keeper {
         let is_configured = self.deps.hub.borrow().is_same(&hub);
         let again = if self.doubted { CONFIGURED_RETRY } else { Duration::ZERO };
         self.next = (!is_configured).then(|| self.opened + again);
+        let is_changed = self.proven.as_ref().is_some_and(|proven| !proven.is_same(&hub));
         self.proven = Some(hub.clone());
         self.renew = if hub.renews() { self.opened + RENEW_AFTER } else { self.opened + Duration::from_secs(86_400) };
         if matches!(*self.deps.state.borrow(), ControlState::Waiting(_)) {
             let again = if self.was_connected { " again" } else { "" };
             info!(hub = hub.name(), "connected to the hub{again}, ready for device streams");
+        } else if is_changed {
+            info!(hub = hub.name(), "the changed hub or credential works and is in use");
         }
         self.was_connected = true;
         self.last_problem.clear();

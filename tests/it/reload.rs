@@ -263,9 +263,10 @@ fn a_device_takes_up_a_new_key_beside_the_old_one() {
     fs::write(&file, wrong).unwrap();
     world.device.wait_for_line_after(said, &["WARN", "so the first stays in use"]);
     greet(&mut held);
-    let said = world.hub.daemon.said();
+    let (said, heard) = (world.hub.daemon.said(), world.device.said());
     fs::write(&file, good).unwrap();
     world.hub.daemon.wait_for_line_after(said, &["control session opened"]);
+    world.device.wait_for_line_after(heard, &["the changed hub or credential works and is in use"]);
     greet(&mut held);
     assert_eq!(exchange(world.forward("echo"), b"hello"), (b"hello".to_vec(), End::Clean));
 }
