@@ -340,7 +340,7 @@ impl Core {
         self.discard_received(key.0);
     }
 
-    /// Ends the channel behind what was written, which is still sent, for [`RESET_PATIENCE`] at most. What is unread is gone.
+    /// Ends the channel behind what was written, which is still sent, for 30 s at most. What is unread is gone.
     pub fn reset_behind(&mut self, now: Instant, key: &Key) {
         let Some(channel) = self.slots.get_mut(key.slot()).and_then(Option::as_deref_mut) else { return };
         if channel.failure.is_some() || channel.unsent.is_empty() {
