@@ -9,7 +9,7 @@ use crate::{
     config::LinkLimits,
     transport::{
         hello::{LinkControl, LocalHello, PeerHello, Session, SessionIo},
-        mux::{self, Incoming, Mux, MuxDriver, MuxError, MuxOptions, Role},
+        mux::{self, Incoming, Mux, MuxDriver, MuxOptions, Role},
     },
 };
 
@@ -60,12 +60,8 @@ impl MuxSession {
 }
 
 /// Ends a session that is still up, so that the other side learns it at once: connections in use are reset, what finished
-/// ones have left is delivered. None if there was no carrier to do that on, or no time.
-pub async fn end_session(
-    mux: &Mux,
-    driver: Pin<&mut MuxDriver<SessionIo>>,
-    link: Option<&LinkControl>,
-) -> Option<Result<(), MuxError>> {
+/// ones have left is delivered, if there is a carrier and time for it.
+pub async fn end_session(mux: &Mux, driver: Pin<&mut MuxDriver<SessionIo>>, link: Option<&LinkControl>) {
     mux.close();
     let detached = async {
         match link {
@@ -75,9 +71,10 @@ pub async fn end_session(
     };
     tokio::select! {
         biased;
-        ended = driver => Some(ended),
-        // Nobody will bring another one.
-        () = detached => None,
-        () = tokio::time::sleep(GOODBYE) => None,
+        // How it ended changes nothing: it was to end.
+        _ = driver => {}
+        // Nobody will bring another carrier.
+        () = detached => {}
+        () = tokio::time::sleep(GOODBYE) => {}
     }
 }

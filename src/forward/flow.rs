@@ -235,15 +235,19 @@ impl<A: Abort, B: Abort> Flow<A, B> {
         Poll::Ready(self.broken.take().map_or(Ok(()), Err))
     }
 
-    /// What the broken side had said: until it ends, or nothing has moved for a while.
+    /// What the broken side had said: until it ends, or nothing has moved for a while. Its end is not passed on: a socket
+    /// whose reset was told to the writer reads as if it had ended.
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let is_local = self.broken.as_ref().is_some_and(|failure| failure.side == Some(Side::Local));
-        let (rest, last_activity) = if is_local {
-            (self.up.poll(cx, &mut self.local, &mut self.far), self.up.last_activity)
+        let rest = if is_local { &mut self.up } else { &mut self.down };
+        rest.hold = true;
+        let polled = if is_local {
+            rest.poll(cx, &mut self.local, &mut self.far)
         } else {
-            (self.down.poll(cx, &mut self.far, &mut self.local), self.down.last_activity)
+            rest.poll(cx, &mut self.far, &mut self.local)
         };
-        if rest.is_ready() { Poll::Ready(()) } else { self.poll_timer(cx, last_activity + LINGER) }
+        let (is_over, until) = (polled.is_ready() || rest.state == State::Held, rest.last_activity + LINGER);
+        if is_over { Poll::Ready(()) } else { self.poll_timer(cx, until) }
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
@@ -530,13 +534,15 @@ mod tests {
         io: DuplexStream,
         armed: AtomicBool,
         aborted: Arc<AtomicBool>,
+        /// Its other end was told of an end.
+        ended: Arc<AtomicBool>,
     }
 
     impl Pipe {
         fn new(capacity: usize) -> (Self, DuplexStream, Arc<AtomicBool>) {
             let (io, peer) = duplex(capacity);
             let aborted = Arc::new(AtomicBool::new(false));
-            (Self { io, armed: AtomicBool::new(true), aborted: aborted.clone() }, peer, aborted)
+            (Self { io, armed: AtomicBool::new(true), aborted: aborted.clone(), ended: Arc::default() }, peer, aborted)
         }
     }
 
@@ -556,6 +562,7 @@ mod tests {
         }
 
         fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.ended.store(true, Ordering::Relaxed);
             Pin::new(&mut self.io).poll_shutdown(cx)
         }
     }
@@ -618,9 +625,12 @@ mod tests {
         target.write_all(b"413").await.unwrap();
         drop(target);
         client.write_all(b"too much").await.unwrap();
+        let ended = far.ended.clone();
         let (end, mut answer) = (join(local, far, options(true), never()).await, Vec::new());
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!((end.reason, &answer[..]), (Reason::LocalReset, &b"413"[..]));
+        // A reset that the writer was told reads as an end, here as on a socket.
+        assert!(!ended.load(Ordering::Relaxed));
 
         // The other way round, where the answer finds no room at first.
         let (local, mut client, _) = Pipe::new(1);
@@ -633,8 +643,10 @@ mod tests {
             client.read_to_end(&mut answer).await.unwrap();
             answer
         };
+        let ended = local.ended.clone();
         let (end, answer) = tokio::join!(join(local, far, options(true), never()), answer);
         assert_eq!((end.reason, &answer[..]), (Reason::PeerReset, &b"413"[..]));
+        assert!(!ended.load(Ordering::Relaxed));
     }
 
     #[tokio::test]
